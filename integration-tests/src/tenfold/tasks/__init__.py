@@ -1,0 +1,1 @@
+"""Small tasks on real data that comes with installed packages."""

@@ -1,0 +1,161 @@
+"""One training step: ours against MeZO's recipe, and streamed against resident.
+
+The recipe is `zo2.reference.mezo_step`: perturb in place by +eps, forward, by -2 eps, forward, by
++eps, update, with torch's noise drawn anew in each of the four passes.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from pathlib import Path
+
+import torch
+from shared_kernels.bench import Arm, Workload, benchmark
+
+sys.path.insert(0, str(Path(__file__).parent))
+import shapes
+
+LR = 1e-7
+
+
+@benchmark
+def resident(device):
+    """The whole model on the device, few tokens: where perturbing costs most."""
+    for tokens in (128,) if device == "cpu" else (128, 512, 2048):
+        yield _resident(device, tokens)
+        gc.collect()
+
+
+@benchmark
+def streamed(device):
+    """Every block from host memory, around the number of tokens T* that hides the transfer."""
+    if device == "cpu":
+        return
+    for multiple in (0.25, 1.0, 2.0):
+        yield _streamed(device, multiple)
+        gc.collect()
+
+
+def _engine(model, dist, offload):
+    from zo2 import ZOConfig, prepare
+
+    return prepare(model, ZOConfig(dist=dist), offload)
+
+
+def _steps(engine, inputs, count=1):
+    def run():
+        for _ in range(count):
+            engine.step(inputs, lr=LR)
+
+    return run
+
+
+def _gate(make, inputs, dist, offload, device):
+    """A two-layer model of the same shape must measure what two full forwards measure."""
+    from shared_kernels.random import derive_seed
+    from zo2.reference import exact_step
+
+    def check():
+        torch.manual_seed(1)
+        twin = make(2)
+        torch.manual_seed(1)
+        engine = _engine(make(2), dist, offload)
+        loss = lambda m: m(**inputs).loss  # noqa: E731
+        expected = exact_step(twin, loss, seed=derive_seed(0, 0), lr=LR, dist=dist)
+        found = engine.estimate(inputs).loss
+        mean = (expected.loss_plus + expected.loss_minus).mean() / 2
+        torch.testing.assert_close(found, mean.float(), rtol=2e-3, atol=0)
+
+    return check
+
+
+def _resident(device, tokens):
+    from zo2 import OffloadConfig
+    from zo2.reference import mezo_step
+
+    if device == "cpu":
+        make, offload, layers = (lambda _: shapes.smollm2_135m()), None, 30
+    else:
+        make, layers = (lambda n: shapes.opt(n)), 40
+        offload = OffloadConfig(gpu="136GiB", store="bf16", fold_every=1)
+    inputs = shapes.batch(tokens, device=device)
+    plain = make(layers)
+    size = sum(p.numel() for p in plain.parameters())
+    width = next(plain.parameters()).element_size()
+    # Two forwards; weights read once, written once, and both perturbed copies written.
+    counts = {
+        "flops": 4 * size * tokens,
+        "bytes": 4 * width * size,
+        "flops_dtype": "fp32" if device == "cpu" else "bf16",
+    }
+    loss = lambda m: m(**inputs).loss  # noqa: E731
+    arms = [Arm(name="MeZO recipe", fn=lambda: mezo_step(plain, loss, seed=1, lr=LR), **counts)]
+    for dist in ("gaussian", "rademacher"):
+        engine = _engine(make(layers), dist, offload)
+        arms.append(Arm(name=f"zo2 {dist}", fn=_steps(engine, inputs), **counts))
+    return Workload(
+        name=f"resident/{tokens} tokens",
+        params={
+            "shape": "SmolLM2-135M" if device == "cpu" else "OPT-13B",
+            "parameters": size,
+            "dtype": str(plain.dtype),
+            "tokens": tokens,
+        },
+        device=device,
+        clock="wall",
+        baseline="MeZO recipe",
+        check=_gate(make, inputs, "gaussian", offload, device),
+        arms=arms,
+    )
+
+
+def _streamed(device, multiple):
+    from shared_kernels.offload import measure_bandwidth
+    from zo2 import OffloadConfig
+
+    layers, make = 8, shapes.opt
+    rates = measure_bandwidth(device)
+    # T* = bytes per parameter * FLOP/s / (4 * bytes/s): below it a step waits for the transfer.
+    star = 2 * rates.gemm / (4 * rates.h2d)
+    tokens = round(multiple * star / 2048) * 2048 or 2048
+    inputs = shapes.batch(tokens, device=device)
+    on_gpu = OffloadConfig(gpu="120GiB", store="bf16x2", fold_every=8)
+    from_host = OffloadConfig(store="bf16x2", fold_every=8)
+    near, far = (
+        _engine(make(layers), "gaussian", on_gpu),
+        _engine(make(layers), "gaussian", from_host),
+    )
+    size = sum(p.numel() for p in far.model.parameters())
+    blocks = far.stats()["host_bytes"] // 4
+    # Attention adds 4 d T FLOPs per token and layer to each forward.
+    flops = 4 * size * tokens + 2 * layers * 4 * 5120 * 2048 * tokens
+    # The upper half of every weight goes up once; an eighth of the lower halves goes both ways.
+    up, down = blocks * 2 + blocks * 2 // 8, blocks * 4 // 8
+    return Workload(
+        name=f"streamed/{multiple:g} T*",
+        params={
+            "shape": f"OPT-13B, {layers} layers",
+            "parameters": size,
+            "tokens": tokens,
+            "tokens_over_t_star": tokens / star,
+            "store": "bf16x2",
+            "fold_every": 8,
+            "host_bytes": far.stats()["host_bytes"],
+        },
+        device=device,
+        clock="wall",
+        baseline="resident",
+        check=_gate(make, shapes.batch(128, device=device), "gaussian", from_host, device),
+        arms=[
+            Arm(name="resident", fn=_steps(near, inputs, 4), flops=4 * flops, flops_dtype="bf16"),
+            Arm(
+                name="streamed",
+                fn=_steps(far, inputs, 4),
+                flops=4 * flops,
+                flops_dtype="bf16",
+                h2d_bytes=4 * up,
+                d2h_bytes=4 * down,
+            ),
+        ],
+    )

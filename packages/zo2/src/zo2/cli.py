@@ -1,0 +1,308 @@
+"""The ``zo2`` command line: logs, replay, plans, training, benchmarks.
+
+Results go to stdout, messages to stderr; ``--json`` prints one JSON document instead of tables.
+Exit status: 0 done, 1 the work failed or found a fault, 2 bad input. No command loads torch before
+it runs.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path  # noqa: TC003 (cyclopts reads the annotations)
+from typing import Annotated, Any, Literal
+
+from cyclopts import App, CycloptsError, Parameter
+
+from zo2.config import OffloadConfig, ZOConfig
+from zo2.log import FLUSH, SKIPPED, LogError, UpdateLog
+
+app = App(
+    name="zo2",
+    help="Zeroth-order fine-tuning of models that do not fit the GPU.",
+    version=lambda: _version(),
+    help_format="plaintext",
+)
+log_app = App(name="log", help="Look into update logs, check and cut them.")
+app.command(log_app)
+
+JsonFlag = Annotated[bool, Parameter(name="--json", negative="")]
+
+
+@log_app.command
+def show(path: Path, *, last: int = 10, json_output: JsonFlag = False) -> int:
+    """Print a log's header and its last records.
+
+    Args:
+        path: The .zolog file.
+        last: Number of records to list.
+        json_output: Print JSON.
+    """
+    with UpdateLog.open(path) as log:
+        total = len(log)
+        rows = [_record(row) for row in log.read(max(0, total - last), total)]
+        header = dict(log.header)
+    table = header.pop("parameters", [])
+    summary = {
+        "path": str(path),
+        "records": total,
+        "parameters": len(table),
+        "elements": sum(_numel(p.get("shape", [])) for p in table),
+        **header,
+    }
+    if json_output:
+        return _print_json({**summary, "last": rows})
+    _print_table(f"{path}", ("", ""), [(k, _short(v)) for k, v in summary.items()])
+    columns = ("step", "seed", "lr", "weight_decay", "g", "flags")
+    _print_table("last records", columns, [[_short(row[c]) for c in columns] for row in rows])
+    return 0
+
+
+@log_app.command
+def verify(path: Path, *, json_output: JsonFlag = False) -> int:
+    """Check every record of a log; exit status 1 names the first fault.
+
+    Args:
+        path: The .zolog file.
+        json_output: Print JSON.
+    """
+    with UpdateLog.open(path) as log:
+        report = log.verify()
+    faults = [d.message for d in report.damage]
+    if json_output:
+        _print_json(
+            {
+                "ok": report.ok,
+                "records": report.records,
+                "updates": report.updates,
+                "usable": report.usable,
+                "torn_bytes": report.torn_bytes,
+                "damage": [vars(d) for d in report.damage],
+            }
+        )
+    else:
+        state = "sound" if report.ok else f"DAMAGED, {report.usable} records are usable"
+        print(f"{path}: {report.records} records, {report.updates} updates: {state}")
+        for fault in faults:
+            print(f"  {fault}")
+    return 0 if report.ok else 1
+
+
+@log_app.command
+def truncate(path: Path, records: int, *, json_output: JsonFlag = False) -> int:
+    """Keep the first RECORDS records of a log and drop everything after them.
+
+    Args:
+        path: The .zolog file.
+        records: Records to keep.
+        json_output: Print JSON.
+    """
+    with UpdateLog.open(path, "a", verify=False) as log:
+        before = len(log)
+        log.truncate(records)
+    if json_output:
+        return _print_json({"path": str(path), "before": before, "records": records})
+    print(f"{path}: kept {records} of {before} records")
+    return 0
+
+
+@log_app.command
+def diff(first: Path, second: Path, *, json_output: JsonFlag = False) -> int:
+    """Compare two logs; exit status 1 if they differ.
+
+    Args:
+        first: A .zolog file.
+        second: Another.
+        json_output: Print JSON.
+    """
+    with UpdateLog.open(first) as a, UpdateLog.open(second) as b:
+        keys = sorted(set(a.header) | set(b.header))
+        differing = [k for k in keys if a.header.get(k) != b.header.get(k)]
+        lengths = len(a), len(b)
+        at = _first_difference(a, b)
+    same = not differing and at is None and lengths[0] == lengths[1]
+    if json_output:
+        _print_json({"same": same, "header": differing, "records": lengths, "first_difference": at})
+    elif same:
+        print(f"the same: {lengths[0]} records")
+    else:
+        print(f"header keys that differ: {', '.join(differing) or 'none'}")
+        where = "none in the common part" if at is None else f"record {at}"
+        print(f"records: {lengths[0]} and {lengths[1]}; first difference: {where}")
+    return 0 if same else 1
+
+
+@app.command
+def replay(
+    base: str,
+    log: Path,
+    *,
+    out: Path,
+    upto: int | None = None,
+    device: str | None = None,
+    json_output: JsonFlag = False,
+) -> int:
+    """Rebuild a fine-tuned model from its base and its update log, bit for bit.
+
+    Args:
+        base: Folder with the base model's safetensors, or its name on the hub.
+        log: The .zolog file.
+        out: Folder to write; it must not exist, or be empty.
+        upto: Apply only the first UPTO updates.
+        device: Where to compute, for example "cuda"; default: CUDA if there is any.
+        json_output: Print JSON.
+    """
+    from zo2._replay import replay as run
+
+    folder = run(base, log, upto=upto, device=device, out=out, progress=sys.stderr.isatty())
+    if json_output:
+        return _print_json({"out": str(folder)})
+    print(folder)
+    return 0
+
+
+@app.command
+def plan(
+    model: str,
+    *,
+    tokens: int,
+    batch_size: int = 1,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    q: int = 1,
+    micro_batch_size: int | None = None,
+    gpu: str | None = None,
+    host: str | None = None,
+    store: Literal["auto", "fp32", "bf16x2", "bf16"] = "auto",
+    fold_every: int | Literal["auto"] = "auto",
+    prefetch: int = 2,
+    bandwidth: Path | None = None,
+    json_output: JsonFlag = False,
+) -> int:
+    """Predict time and memory of a run; exit status 1 if it does not fit.
+
+    Args:
+        model: Folder or name of a model; only its config is read.
+        tokens: Tokens of one batch.
+        batch_size: Sequences in the batch.
+        dtype: Compute dtype; "auto" takes the checkpoint's.
+        q: Directions per step.
+        micro_batch_size: Sequences per forward; default: the whole batch.
+        gpu: GPU budget, for example 8GiB; default: stream every block.
+        host: Host memory limit.
+        store: How the host keeps weights.
+        fold_every: Steps between write-backs of a block.
+        prefetch: Blocks uploaded ahead.
+        bandwidth: JSON file with the rates of another machine; default: measure this one.
+        json_output: Print JSON.
+    """
+    from zo2._plan import plan as predict
+
+    rates = "measure" if bandwidth is None else json.loads(bandwidth.read_text(encoding="utf-8"))
+    found = predict(
+        model,
+        tokens=tokens,
+        batch_size=batch_size,
+        dtype=dtype,
+        zo=ZOConfig(q=q, micro_batch_size=micro_batch_size),
+        offload=OffloadConfig(
+            gpu=gpu, host=host, store=store, fold_every=fold_every, prefetch=prefetch
+        ),
+        bandwidth=rates,
+    )
+    if json_output:
+        _print_json(found.to_dict())
+    else:
+        _print(found.table())
+    return 0 if found.fits_gpu and found.fits_host else 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
+    try:
+        result = app(argv, exit_on_error=False, result_action="return_value")
+    except CycloptsError:
+        return 2
+    except (LogError, FileNotFoundError, FileExistsError, ValueError, TypeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (OSError, RuntimeError, MemoryError) as error:
+        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return result if isinstance(result, int) else 0
+
+
+def _version() -> str:
+    from zo2._version import __version__
+
+    return __version__
+
+
+def _first_difference(a: UpdateLog, b: UpdateLog) -> int | None:
+    if a.dtype != b.dtype:
+        return 0
+    common = min(len(a), len(b))
+    stride = 65536
+    for start in range(0, common, stride):
+        ours, theirs = a.read(start, start + stride), b.read(start, start + stride)
+        for k, (x, y) in enumerate(zip(ours, theirs, strict=False)):
+            if start + k < common and x.tobytes() != y.tobytes():
+                return start + k
+    return None
+
+
+def _record(row: Any) -> dict[str, Any]:
+    flags = int(row["flags"])
+    names = [name for bit, name in ((SKIPPED, "skipped"), (FLUSH, "flush")) if flags & bit]
+    return {
+        "step": int(row["step"]),
+        "seed": int(row["seed"]),
+        "lr": float(row["lr"]),
+        "weight_decay": float(row["weight_decay"]),
+        "g": [_finite(v) for v in row["g"]],
+        "flags": names,
+    }
+
+
+def _finite(value: Any) -> float | str:
+    value = float(value)
+    return value if abs(value) < float("inf") else str(value)
+
+
+def _numel(shape: list[int]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list):
+        shown = ", ".join(_short(v) for v in value[:4])
+        return shown if len(value) <= 4 else f"{shown}, … ({len(value)})"
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {v}" for k, v in value.items())
+    return str(value)
+
+
+def _print_json(value: Any) -> int:
+    print(json.dumps(value, allow_nan=False))
+    return 0
+
+
+def _print_table(title: str, columns: Any, rows: Any) -> None:
+    from rich.table import Table
+
+    table = Table(*columns, title=title, show_header=any(columns), title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    _print(table)
+
+
+def _print(table: Any) -> None:
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 200).print(table)

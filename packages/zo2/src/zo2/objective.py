@@ -1,0 +1,101 @@
+"""What a step measures: a batch turned into losses, in one piece or in weighted micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["Objective", "as_objectives", "to_device"]
+
+Objective = Callable[[nn.Module], "float | torch.Tensor"]
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Move the tensors inside a batch; pinned host tensors are copied asynchronously."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, Mapping):
+        return {k: to_device(v, device) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(to_device(v, device) for v in value)
+    return value
+
+
+def _loss(batch: Mapping[str, Any]) -> Objective:
+    def objective(model: nn.Module) -> torch.Tensor:
+        out = model(**(_without_cache(model) | dict(batch)))
+        loss = out.get("loss") if isinstance(out, Mapping) else getattr(out, "loss", None)
+        if loss is None:
+            raise ValueError(
+                f"the model returned no loss for a batch with the keys {sorted(batch)}; add "
+                "'labels', or pass a function of the model that returns a number"
+            )
+        return loss
+
+    return objective
+
+
+def _without_cache(model: nn.Module) -> dict[str, bool]:
+    """A loss needs no KV cache, and every probe would build one."""
+    get_base: Any = getattr(model, "get_base_model", lambda: model)
+    base = get_base()
+    return {"use_cache": False} if "use_cache" in signature(base.forward).parameters else {}
+
+
+def _weight(batch: Mapping[str, Any], rows: slice) -> float:
+    labels = batch.get("labels")
+    if isinstance(labels, torch.Tensor) and labels.ndim > 1:
+        # Decoder-only losses average over the labels after the first, which predicts nothing.
+        counted = labels[rows, 1:] if "decoder_input_ids" not in batch else labels[rows]
+        return float((counted != -100).sum())
+    return float(rows.stop - rows.start)
+
+
+def as_objectives(
+    what: Objective | Mapping[str, Any], device: torch.device, micro_batch_size: int | None
+) -> list[tuple[Objective, float]]:
+    """Turn a batch, or a function of the model, into objectives with weights that sum to one.
+
+    Args:
+        what: A mapping of keyword arguments for the model, with labels; or a function that takes
+            the model and returns a number.
+        device: Where the batch's tensors go.
+        micro_batch_size: Rows per objective. A batch is split along its first dimension and
+            weighted by counted label tokens, so that the weighted sum is the loss of the whole
+            batch (up to rounding); all parts share each load of a block.
+
+    Raises:
+        TypeError: ``what`` is neither.
+        ValueError: A function is given together with ``micro_batch_size``, or the batch's tensors
+            differ in their first dimension.
+    """
+    if not isinstance(what, Mapping):
+        if not callable(what):
+            raise TypeError(
+                f"expected a batch (a mapping) or a function of the model, got {type(what)}"
+            )
+        return [(what, 1.0)]
+    batch = to_device(what, device)
+    tensors = {k: v for k, v in batch.items() if isinstance(v, torch.Tensor) and v.ndim}
+    sizes = {k: len(v) for k, v in tensors.items()}
+    total = next(iter(sizes.values()), 0)
+    if micro_batch_size is None or total <= micro_batch_size:
+        return [(_loss(batch), 1.0)]
+    if len(set(sizes.values())) > 1:
+        raise ValueError(
+            f"cannot split a batch whose tensors have different first dimensions: {sizes}; "
+            "leave micro_batch_size unset"
+        )
+    parts = []
+    for start in range(0, total, micro_batch_size):
+        rows = slice(start, min(start + micro_batch_size, total))
+        part = {k: v[rows] if k in tensors else v for k, v in batch.items()}
+        parts.append((_loss(part), _weight(what, rows)))
+    whole = sum(weight for _, weight in parts)
+    if whole == 0:
+        raise ValueError("no label of the batch counts (all are -100)")
+    return [(objective, weight / whole) for objective, weight in parts]

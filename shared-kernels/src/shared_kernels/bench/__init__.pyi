@@ -1,0 +1,13 @@
+from .arms import Arm as Arm
+from .arms import Workload as Workload
+from .ceilings import Ceilings as Ceilings
+from .plot import plot_result as plot_result
+from .provenance import describe_run as describe_run
+from .readme import render_readme as render_readme
+from .registry import benchmark as benchmark
+from .registry import load_benchmarks as load_benchmarks
+from .report import markdown_table as markdown_table
+from .runner import run_file as run_file
+from .runner import run_workload as run_workload
+from .timing import Plan as Plan
+from .timing import measure as measure

@@ -1,0 +1,107 @@
+"""How far two implementations of an operation may differ, and why: one table.
+
+Distances are counted in units in the last place of the result's dtype. A bound is derived, not
+fitted; changing one needs a new derivation in ``reason``.
+"""
+
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Tolerance(NamedTuple):
+    """A bound on the distance between two results.
+
+    Attributes:
+        ulps: Largest number of representable values between them.
+        reason: Derivation of the bound.
+    """
+
+    ulps: int
+    reason: str
+
+
+EXACT = Tolerance(0, "the same IEEE operations in the same order")
+
+#: Keyed by what is computed and what it is compared with.
+TOLERANCES: Final[dict[str, Tolerance]] = {
+    "random.words": EXACT,
+    "random.rademacher": EXACT,
+    "random.gaussian": EXACT,
+    "random.gaussian/interpreter": Tolerance(
+        2,
+        "an interpreter that rounds the product of an fma adds half an ulp to the last term of the"
+        " logarithm, the cosine and the argument; the square root halves the first",
+    ),
+    "random.minus_two_log/float64": Tolerance(
+        2, "last fma 1/2 ulp + tail 1/2 ulp of at most the result + polynomial 0.1 ulp, rounded up"
+    ),
+    "random.sincos/float64": Tolerance(
+        2, "last operation 1/2 ulp + polynomial at most 1 ulp + coefficient rounding 1/4 ulp"
+    ),
+    "zo_materialize": EXACT,
+    "zo_materialize.float32/interpreter": Tolerance(
+        1, "a gaussian 2 ulp off, scaled by eps below 2^-6 of the sum, moves its rounding by one"
+    ),
+    "zo_materialize.16bit/interpreter": Tolerance(
+        1, "the interpreter truncates float32 to bfloat16 where the GPU rounds to nearest even"
+    ),
+}
+
+
+def ulp_distance(a: Tensor, b: Tensor) -> Tensor:
+    """Count the representable values between two tensors of the same 16- or 32-bit float dtype.
+
+    Args:
+        a: float32, bfloat16 or float16 ``(...)``.
+        b: Same dtype and shape as ``a``.
+
+    Returns:
+        int64 ``(...)``; 0 where both are NaN, a huge number where one is.
+    """
+    integer = torch.int32 if a.element_size() == 4 else torch.int16
+    ordered = []
+    for tensor in (a, b):
+        bits = tensor.contiguous().view(integer).long()
+        # negative floats count downwards from zero
+        ordered.append(torch.where(bits < 0, torch.iinfo(integer).min - bits, bits))
+    distance = (ordered[0] - ordered[1]).abs()
+    distance = torch.where(a.isnan() | b.isnan(), 1 << 40, distance)
+    return torch.where(a.isnan() & b.isnan(), 0, distance)
+
+
+def assert_within(actual: Tensor, expected: Tensor, tolerance: Tolerance) -> None:
+    """Assert that two tensors differ by at most the bound everywhere.
+
+    Raises:
+        AssertionError: Different dtype or shape, or a larger distance; the worst element is named.
+    """
+    assert actual.dtype == expected.dtype, f"dtype {actual.dtype}, expected {expected.dtype}"
+    assert actual.shape == expected.shape, f"shape {actual.shape}, expected {expected.shape}"
+    if not actual.numel():
+        return
+    distance = ulp_distance(actual, expected.to(actual.device)).flatten()
+    worst = int(distance.argmax())
+    got, wanted = (t.flatten()[worst].item() for t in (actual, expected))
+    assert int(distance[worst]) <= tolerance.ulps, (
+        f"{int((distance > tolerance.ulps).sum())} of {distance.numel()} elements differ by more "
+        f"than {tolerance.ulps} ulp; worst is element {worst}: got {got!r}, expected {wanted!r} "
+        f"({int(distance[worst])} ulp)"
+    )
+
+
+def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
+    """Assert that two tensors hold the same values bit for bit (any NaN equals any NaN).
+
+    Raises:
+        AssertionError: They do not.
+    """
+    if actual.is_floating_point():
+        # ulp distance takes -0 and +0 for one value; the sign bit must agree as well
+        assert_within(actual, expected, EXACT)
+        numbers = ~actual.isnan()
+        signs = actual.signbit() != expected.to(actual.device).signbit()
+        assert not bool((signs & numbers).any()), "zeros differ in sign"
+    else:
+        assert torch.equal(actual, expected.to(actual.device)), "integers differ"
