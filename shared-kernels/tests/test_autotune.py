@@ -14,7 +14,8 @@ CONFIGS = ({"num_warps": 4}, {"num_warps": 8})
 def gpu(monkeypatch):
     """Pretend that a GPU is there and that the kernels are compiled."""
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Test GPU-1")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(_autotune, "_gpu_name", lambda index: "Test GPU-1")
     monkeypatch.setattr(_autotune, "_measured", {})
     return "Test GPU-1"
 
@@ -44,7 +45,7 @@ def test_table_takes_the_entry_of_this_gpu_only(gpu, monkeypatch, tmp_path):
     try:
         assert choose("op", "kind", CONFIGS, never) == {"num_warps": 16}
         assert choose("op", "another", CONFIGS, never) == CONFIGS[0]
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Test GPU-2")
+        monkeypatch.setattr(_autotune, "_gpu_name", lambda index: "Test GPU-2")
         assert choose("op", "kind", CONFIGS, never) == CONFIGS[0]
     finally:
         load_table.cache_clear()

@@ -79,6 +79,7 @@ def test_force_impl_rules_auto_only_and_ends():
         assert select("op", "numba", CPU, ALL, None) == "numba"
         with force_impl("auto"):
             assert select("op", "auto", CPU, ALL, None) == "numba"
+        assert select("op", "auto", CPU, ALL, None) == "reference"
     assert select("op", "auto", CPU, ALL, None) == "numba"
     with pytest.raises(ValueError, match="impl: expected one of"), force_impl("fast"):
         pass

@@ -37,6 +37,16 @@ def streamed(device):
         gc.collect()
 
 
+@benchmark
+def memory(device):
+    """Host bytes against the weights', GPU peak against what `zo2.plan` foresaw."""
+    if device == "cpu":
+        return
+    for tokens in (512, 2048):
+        yield _memory(device, tokens)
+        gc.collect()
+
+
 def _engine(model, dist, offload):
     from zo2 import ZOConfig, prepare
 
@@ -158,4 +168,58 @@ def _streamed(device, multiple):
                 d2h_bytes=4 * down,
             ),
         ],
+    )
+
+
+def _memory(device, tokens):
+    import psutil
+    from zo2 import OffloadConfig, ZOConfig, plan
+
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    offload, start = OffloadConfig(store="bf16x2", fold_every=8), torch.cuda.memory_allocated()
+    inputs = shapes.batch(tokens, device=device)
+    model = shapes.opt(16, hidden=4096, heads=32)
+    rss = psutil.Process().memory_info().rss
+    engine = _engine(model, "gaussian", offload)
+    rss = psutil.Process().memory_info().rss - rss
+    blocks = 4 * sum(p.numel for unit in engine._engine.plan.blocks for p in unit.params)
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    step = _steps(engine, inputs)
+    step()
+    step()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - start
+    rates = dict.fromkeys(("h2d", "d2h", "duplex", "d2d", "gemm", "rng"), 1.0)
+    foreseen = plan(
+        model.config, tokens=tokens, offload=offload, zo=ZOConfig(), bandwidth=rates, device=device,
+        dtype=torch.bfloat16,
+    )  # fmt: skip
+    ids = inputs["input_ids"]
+
+    def evaluate():
+        engine.evaluate(lambda m: m(ids, use_cache=False).logits)
+
+    return Workload(
+        name=f"memory/{tokens} tokens",
+        params={
+            "shape": "OPT-6.7B, 16 layers",
+            "tokens": tokens,
+            "store": "bf16x2",
+            "block bytes": blocks,
+            "host bytes": engine.stats()["host_bytes"],
+            "host bytes over block bytes": engine.stats()["host_bytes"] / blocks,
+            "growth of the resident set": rss,
+            "planned GPU peak": foreseen.gpu_bytes,
+            "measured GPU peak": peak,
+            "measured over planned": peak / foreseen.gpu_bytes,
+        },
+        device=device,
+        clock="wall",
+        baseline="evaluation",
+        check=lambda: bool(torch.isfinite(engine.estimate(inputs).loss)),
+        arms=[Arm(name="evaluation", fn=evaluate), Arm(name="step", fn=step)],
     )

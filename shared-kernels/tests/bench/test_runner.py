@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from shared_kernels.bench import Plan, ceilings, load_benchmarks, run_file, timing
 from shared_kernels.bench.__main__ import main
 from shared_kernels.testing.imports import assert_does_not_load
@@ -140,6 +141,12 @@ def test_bad_input(good, tmp_path):
     empty.write_text("x = 1\n")
     with pytest.raises(ValueError, match="at least one function marked with @benchmark"):
         run_file(empty, device="cpu")
+
+
+def test_a_missing_gpu_is_bad_input(good, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device='cuda'; torch sees none"):
+        run_file(good, device="cuda")
 
 
 def test_exit_codes(good, bad, tmp_path, monkeypatch, capsys):

@@ -34,8 +34,26 @@ def test_bf16x2_is_lossless_on_random_bits_and_ties():
         y = random_floats(1 << 20, chunk)
         assert_same_bits(join_bf16x2(*split_bf16x2(y)), y)
     ties = floats(torch.cat([TIES - 1, TIES, TIES + 1]))
+    ties = ties[~ties.isnan()]
     hi, lo = split_bf16x2(ties)
     assert torch.equal(join_bf16x2(hi, lo).view(torch.int32), ties.view(torch.int32))
+
+
+@pytest.mark.parametrize("impl", ["reference", "numba"])
+def test_a_nan_is_a_nan_in_its_upper_half_too(impl):
+    # 0x7FFFFFFF is what a GPU makes: rounded up, its upper half alone would be -0.
+    bits = torch.tensor([0x7FFFFFFF, 0x7FC00000, 0x7F800001, 0xFFFFFFFF, 0xFFC00000])
+    hi, lo = split_bf16x2(floats(bits))
+    assert bool(hi.isnan().all())
+    assert bool(join_bf16x2(hi, lo).isnan().all())
+    master, low = torch.zeros(TILE, dtype=torch.bfloat16), torch.zeros(TILE, dtype=torch.int16)
+    keys = torch.zeros(1, 3, dtype=torch.int32)
+    tiles = build_tile_table([Segment(1, TILE, True)])
+    coefs = torch.tensor([[1.0, float("nan")]])
+    zo_materialize(
+        master, tiles, keys, coefs, perturb=None, fold=True, lo=low, dist="rademacher", impl=impl
+    )
+    assert bool(master.isnan().all())
 
 
 def test_bf16x2_high_half_is_the_rounded_value():

@@ -121,7 +121,7 @@ class ZO2Step:
                 f"“{classifier.template.format(word='cheerful')}” and the likelier of "
                 "“ good” and “ bad” is its answer. All 135 million parameters are trained, without "
                 "any gradient: each step compares the loss at two nearby points.",
-                "Part of the gain is unlearning a constant preference for one answer. Shifting the "
+                "Much of the gain is unlearning a constant preference for one answer. Shifting the "
                 f"untrained model's threshold, which needs no training, gives {calibrated:.1%}.",
                 "The blocks were streamed from the weight store through the buffers a GPU would "
                 "hold; on a CPU that saves nothing, it is the same code and the same numbers. The "

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from shared_kernels.offload import (
@@ -21,14 +18,15 @@ from torch import nn
 
 from zo2.config import OffloadConfig, ZOConfig, parse_bytes
 from zo2.engine import ZOEngine
-from zo2.fingerprint import LogHeader, ParameterEntry, hash_tensor, make_header
-from zo2.log import LogError, UpdateLog
+from zo2.fingerprint import ParameterEntry, make_header
 from zo2.materializer import ExactMaterializer, Materializer
 from zo2.mezo import MezoMaterializer, MezoPending
 from zo2.pending import PendingRecords
 from zo2.placement import Placement, place
 from zo2.reference import mezo_decays
-from zo2.resume import restore_records
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 __all__ = ["build", "prepare", "refuse_managed", "select_trainable"]
 
@@ -105,28 +103,29 @@ def build(
         host_limit=parse_bytes(offload.host) if offload and offload.host is not None else None,
         freed_meanwhile=_host_bytes(model, place_),
     )
-    hashes = _fill(store, place_.plan, read, hashed=log is not None)
+    _fill(store, place_.plan, read)
     pending, materializer = _arithmetic(model, zo, place_, store, decay)
     engine = OffloadEngine(
         model, place_.plan, store, materializer, prefetch=offload.prefetch if offload else 1
     )
-    update_log = None
-    if log is not None:
-        header = make_header(
-            _table(model, place_, hashes, decay), zo, fold_every=place_.fold_every, device=device
-        )
-        update_log = _open_log(Path(log), header)
-        restore_records(engine, materializer, update_log)
-    return ZOEngine(
+
+    def header(hashes: dict[str, str]) -> dict[str, Any]:
+        table = _table(model, place_, hashes, decay)
+        return make_header(table, zo, fold_every=place_.fold_every, device=device)
+
+    made = ZOEngine(
         model,
         zo,
         offload,
         engine=engine,
         materializer=materializer,
         pending=pending,
-        log=update_log,
+        header=header,
         decay=decay,
     )
+    if log is not None:
+        made.open_log(log)
+    return made
 
 
 def _arithmetic(
@@ -224,21 +223,14 @@ def _host_bytes(model: nn.Module, place_: Placement) -> int:
     return used - peak
 
 
-def _fill(store: WeightStore, plan: BlockPlan, read: ReadUnit, *, hashed: bool) -> dict[str, str]:
-    hashes: dict[str, str] = {}
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        for unit in plan.units:
-            values = read(unit)
-            if hashed:
-                names = [p.name for p in unit.params if p.trainable]
-                digests = pool.map(hash_tensor, [values[name] for name in names])
-                hashes.update(zip(names, digests, strict=True))
-            home = store.home(unit.index)
-            home.layout.write(home.flat, values)
-            del values
-            for p in unit.params:
-                p.parameter.data = torch.empty((), dtype=p.dtype).expand(p.shape)
-    return hashes
+def _fill(store: WeightStore, plan: BlockPlan, read: ReadUnit) -> None:
+    for unit in plan.units:
+        values = read(unit)
+        home = store.home(unit.index)
+        home.layout.write(home.flat, values)
+        del values
+        for p in unit.params:
+            p.parameter.data = torch.empty((), dtype=p.dtype).expand(p.shape)
 
 
 def _table(
@@ -265,33 +257,3 @@ def _table(
     }
     # In model order, which is the order in which MeZO's arithmetic draws.
     return [rows[name] for name, p in model.named_parameters() if p.requires_grad]
-
-
-def _open_log(path: Path, header: dict[str, Any]) -> UpdateLog:
-    if not path.exists():
-        return UpdateLog.create(path, header)
-    log = UpdateLog.open(path, mode="a")
-    try:
-        _same_run(path, LogHeader.from_dict(log.header), LogHeader.from_dict(header))
-    except BaseException:
-        log.close()
-        raise
-    return log
-
-
-def _same_run(path: Path, found: LogHeader, ours: LogHeader) -> None:
-    for name in ("arithmetic", "dist", "eps", "q", "run_seed", "fold_every", "rounding", "rng"):
-        if getattr(found, name) != getattr(ours, name):
-            raise LogError(
-                f"{path} was written with {name}={getattr(found, name)!r}, this run has "
-                f"{getattr(ours, name)!r}: continue it with the same setting, or start a new log"
-            )
-    theirs = {p.name: p for p in found.parameters}
-    for entry in ours.parameters:
-        if theirs.pop(entry.name, None) != entry:
-            raise LogError(
-                f"{path} does not fit this model: parameter {entry.name!r} differs in value, "
-                "shape, dtype, store or unit from the base the log was started from"
-            )
-    if theirs:
-        raise LogError(f"{path} trains parameters this model does not: {sorted(theirs)[:3]}")

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from zo2.fingerprint import hash_tensor
 from zo2.history import History
-from zo2.objective import Objective, as_objectives
+from zo2.log import FLUSH, LogError, UpdateLog
+from zo2.objective import Objective, Weighted, as_objectives
+from zo2.resume import open_run, restore_records
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from shared_kernels.offload import OffloadEngine, WeightStore
 
     from zo2.config import OffloadConfig, ZOConfig
-    from zo2.log import UpdateLog
     from zo2.materializer import Materializer
     from zo2.pending import PendingRecords
 
@@ -80,15 +83,16 @@ class ZOEngine:
         engine: OffloadEngine,
         materializer: Materializer,
         pending: PendingRecords,
-        log: UpdateLog | None,
+        header: Callable[[dict[str, str]], dict[str, Any]],
         decay: set[str],
     ) -> None:
         """Wire the parts together; use :func:`zo2.prepare`."""
         self.model, self.zo, self.offload = model, zo, offload
         self.decay_parameters = decay
         self._engine, self._materializer, self._pending = engine, materializer, pending
-        self._history = History(log, zo)
-        self._closed = False
+        self._history = History(zo)
+        self._make_header, self._header = header, None
+        self._rewritten = self._closed = False
         self._modules = list(model.modules())
 
     # -- training --------------------------------------------------------------------------------
@@ -109,13 +113,21 @@ class ZOEngine:
         return self._history.log
 
     @torch.no_grad()
-    def estimate(self, objective: Objective | Mapping[str, Any]) -> Estimate:
+    def estimate(
+        self,
+        objective: Objective | Mapping[str, Any] | Sequence[Weighted],
+        *,
+        random: bool | None = None,
+    ) -> Estimate:
         """Measure the losses at θ ± εz; nothing is applied.
 
         Args:
             objective: A batch for the model, with labels; or a function that takes the model and
                 returns a number, which need not be differentiable (an F1 score, a reward to
-                minimise). It runs once for each direction and sign.
+                minimise). It runs once for each direction and sign. Or pairs of functions and
+                weights, whose weighted sum is measured with one load of each block.
+            random: Whether both signs must see the same random draws (dropout, sampling). Default:
+                yes, except for a batch in eval mode, where a model draws nothing.
 
         Raises:
             TypeError: The objective returns something that is not one real number.
@@ -129,14 +141,14 @@ class ZOEngine:
             for sign in (1, -1)
         ]
         self._materializer.begin_step()
-        # A model in eval mode draws nothing; a user's function may.
-        random = self.zo.train_mode or not isinstance(objective, Mapping)
+        if random is None:
+            random = self.zo.train_mode or not isinstance(objective, Mapping)
         with self._mode():
             losses = self._engine.lockstep(probes, random=random)
         dtype = torch.promote_types(losses[0].dtype, torch.float32)
         pairs = torch.stack([x.to(dtype) for x in losses]).view(self.zo.q, len(micro), 2)
-        if len(micro) > 1:
-            weights = [weight for _, weight in micro]
+        weights = [weight for _, weight in micro]
+        if any(weight != 1 for weight in weights):
             pairs = pairs * torch.tensor(weights, dtype=dtype).to(self.device).view(1, -1, 1)
         plus, minus = pairs.sum(1).unbind(-1)
         g = ((plus - minus) / (2 * self.zo.eps)).float()
@@ -167,7 +179,7 @@ class ZOEngine:
 
     def step(
         self,
-        objective: Objective | Mapping[str, Any],
+        objective: Objective | Mapping[str, Any] | Sequence[Weighted],
         *,
         lr: float,
         weight_decay: float | None = None,
@@ -298,6 +310,96 @@ class ZOEngine:
             "compute_bytes": self._materializer.nbytes,
             "log_bytes": self.log.path.stat().st_size if self.log is not None else 0,
         }
+
+    # -- log and outside changes -----------------------------------------------------------------
+
+    def open_log(self, path: str | Path) -> None:
+        """Record the run in a ``.zolog`` from its first step; an existing log is continued.
+
+        An engine at step 0 first replays the log's updates, so its model must be the base the log
+        was started from. A log this engine has written before is opened again.
+
+        Raises:
+            LogError: The log belongs to another model or run, or its updates are not those this
+                engine has made.
+            RuntimeError: A log is open, or there is none of the steps made so far.
+        """
+        self._check_open()
+        if self.log is not None:
+            raise RuntimeError(f"the log {self.log.path} is open; close it first")
+        if self._rewritten or (self._header is None and self.global_step):
+            raise RuntimeError(
+                "a log must record every change since the base weights, and this engine's weights "
+                "were changed without one; save the model and prepare it anew"
+            )
+        self._history.drain(wait=True)
+        if self._header is None:
+            self._header = self._make_header(self._hashes())
+        log = open_run(Path(path), self._header)
+        try:
+            updates = int(((log.records["flags"] & FLUSH) == 0).sum())
+            if self.global_step == 0:
+                restore_records(self._engine, self._materializer, log)
+            elif updates != self.global_step:
+                raise LogError(
+                    f"{path} holds {updates} updates, this engine has made {self.global_step}; "
+                    "prepare the base model anew to continue the log"
+                )
+        except BaseException:
+            log.close()
+            raise
+        self._history.log = log
+
+    def _hashes(self) -> dict[str, str]:
+        found: dict[str, str] = {}
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            for unit in self._engine.plan.units:
+                names = [p.name for p in unit.params if p.trainable]
+                values = self._materializer.read(self._engine, unit.index, None)
+                digests = pool.map(hash_tensor, [values[name] for name in names])
+                found.update(zip(names, digests, strict=True))
+        return found
+
+    def close_log(self) -> None:
+        """Write the steps made so far to the log and close it; the engine goes on without."""
+        self._history.close()
+
+    @torch.no_grad()
+    def rewrite(self, function: Callable[[nn.Module], Any]) -> Any:
+        """Let a function overwrite the model's weights, as ``load_state_dict`` does.
+
+        For its time the parameters hold the current weights in host memory. No log can express
+        what it does, so none may be open, and none can be opened afterwards.
+
+        Args:
+            function: Called with the model; it must change parameters in place.
+
+        Raises:
+            RuntimeError: A log is open, or the function replaced parameters.
+        """
+        self._check_open()
+        if self.log is not None:
+            raise RuntimeError("a log cannot express overwritten weights; call close_log() first")
+        weights, engine = self.state_dict(), self._engine
+        params = dict(self.model.named_parameters())
+        try:
+            for name, param in params.items():
+                param.data = weights[name]
+            result = function(self.model)
+            now = dict(self.model.named_parameters())
+            if {n: id(p) for n, p in now.items()} != {n: id(p) for n, p in params.items()}:
+                raise RuntimeError("parameters were replaced; they can only be changed in place")
+            engine.ring.evict()
+            for unit in engine.plan.units:
+                home = self._store.home(unit.index)
+                home.layout.write(home.flat, {p.name: p.parameter.detach() for p in unit.params})
+                self._store.version[unit.index] = self.global_step
+            self._materializer.forget()
+            self._rewritten = True
+        finally:
+            for unit in engine.plan.units:
+                engine._unbind(unit.index)
+        return result
 
     # -- the end ---------------------------------------------------------------------------------
 

@@ -34,8 +34,8 @@ class History:
         skipped: Steps that had no effect so far.
     """
 
-    def __init__(self, log: UpdateLog | None, zo: ZOConfig) -> None:
-        self.log = log
+    def __init__(self, zo: ZOConfig) -> None:
+        self.log: UpdateLog | None = None
         self.skipped = 0
         self._clip = zo.clip_g
         self._queue: deque[_Step] = deque()
@@ -108,6 +108,9 @@ class History:
 
     def close(self) -> None:
         """Log everything that is on its way, and close the log."""
-        self.drain(wait=True)
-        if self.log is not None:
-            self.log.close()
+        try:
+            self.drain(wait=True)
+        finally:
+            if self.log is not None:
+                self.log.close()
+                self.log = None

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
 from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["Objective", "as_objectives", "to_device"]
+__all__ = ["Objective", "Weighted", "as_objectives", "split_batch", "to_device"]
 
 Objective = Callable[[nn.Module], "float | torch.Tensor"]
+Weighted = tuple[Objective, float]
 
 
 def to_device(value: Any, device: torch.device) -> Any:
@@ -55,36 +56,26 @@ def _weight(batch: Mapping[str, Any], rows: slice) -> float:
     return float(rows.stop - rows.start)
 
 
-def as_objectives(
-    what: Objective | Mapping[str, Any], device: torch.device, micro_batch_size: int | None
-) -> list[tuple[Objective, float]]:
-    """Turn a batch, or a function of the model, into objectives with weights that sum to one.
+def split_batch(
+    batch: Mapping[str, Any], micro_batch_size: int | None
+) -> list[tuple[dict[str, Any], float]]:
+    """Cut a batch along its first dimension into parts with weights that sum to one.
+
+    A part weighs as many label tokens as it counts, so that the weighted sum of mean losses is the
+    mean loss of the whole batch.
 
     Args:
-        what: A mapping of keyword arguments for the model, with labels; or a function that takes
-            the model and returns a number.
-        device: Where the batch's tensors go.
-        micro_batch_size: Rows per objective. A batch is split along its first dimension and
-            weighted by counted label tokens, so that the weighted sum is the loss of the whole
-            batch (up to rounding); all parts share each load of a block.
+        batch: Keyword arguments for the model.
+        micro_batch_size: Most rows of a part; None keeps the batch whole.
 
     Raises:
-        TypeError: ``what`` is neither.
-        ValueError: A function is given together with ``micro_batch_size``, or the batch's tensors
-            differ in their first dimension.
+        ValueError: The batch's tensors differ in their first dimension, or no label counts.
     """
-    if not isinstance(what, Mapping):
-        if not callable(what):
-            raise TypeError(
-                f"expected a batch (a mapping) or a function of the model, got {type(what)}"
-            )
-        return [(what, 1.0)]
-    batch = to_device(what, device)
     tensors = {k: v for k, v in batch.items() if isinstance(v, torch.Tensor) and v.ndim}
     sizes = {k: len(v) for k, v in tensors.items()}
     total = next(iter(sizes.values()), 0)
     if micro_batch_size is None or total <= micro_batch_size:
-        return [(_loss(batch), 1.0)]
+        return [(dict(batch), 1.0)]
     if len(set(sizes.values())) > 1:
         raise ValueError(
             f"cannot split a batch whose tensors have different first dimensions: {sizes}; "
@@ -94,8 +85,49 @@ def as_objectives(
     for start in range(0, total, micro_batch_size):
         rows = slice(start, min(start + micro_batch_size, total))
         part = {k: v[rows] if k in tensors else v for k, v in batch.items()}
-        parts.append((_loss(part), _weight(what, rows)))
+        parts.append((part, _weight(batch, rows)))
     whole = sum(weight for _, weight in parts)
     if whole == 0:
         raise ValueError("no label of the batch counts (all are -100)")
-    return [(objective, weight / whole) for objective, weight in parts]
+    return [(part, weight / whole) for part, weight in parts]
+
+
+def as_objectives(
+    what: Objective | Mapping[str, Any] | Sequence[Weighted],
+    device: torch.device,
+    micro_batch_size: int | None,
+) -> list[Weighted]:
+    """Turn what a step is to measure into weighted objectives.
+
+    Args:
+        what: A mapping of keyword arguments for the model, with labels; a function that takes
+            the model and returns a number; or pairs of such a function and its weight.
+        device: Where the batch's tensors go.
+        micro_batch_size: Rows per objective of a batch, see :func:`split_batch`; all parts share
+            each load of a block.
+
+    Raises:
+        TypeError: ``what`` is none of these.
+        ValueError: A function is given together with ``micro_batch_size``, or the batch cannot be
+            split.
+    """
+    if isinstance(what, Mapping):
+        parts = split_batch(what, micro_batch_size)
+        return [(_loss(to_device(part, device)), weight) for part, weight in parts]
+    if callable(what):
+        if micro_batch_size is not None:
+            raise ValueError(
+                f"micro_batch_size={micro_batch_size} splits batches, a function cannot be split: "
+                "leave it unset, or give pairs of functions and weights"
+            )
+        return [(what, 1.0)]
+    if not isinstance(what, Sequence) or not what or not all(map(_is_weighted, what)):
+        raise TypeError(
+            "expected a batch (a mapping), a function of the model, or pairs of functions and "
+            f"weights, got {type(what).__name__}"
+        )
+    return list(what)
+
+
+def _is_weighted(pair: Any) -> bool:
+    return isinstance(pair, tuple) and len(pair) == 2 and callable(pair[0])

@@ -18,12 +18,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", help="write result files there")
     parser.add_argument("--only", metavar="NAME", help="one benchmark function or workload pattern")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if any")
+    parser.add_argument(
+        "--seconds", type=float, metavar="S", help="time budget of a workload (default 60)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     given = parser.parse_args(argv)
     from shared_kernels.bench.runner import run_files
 
     return run_files(
-        given.files, given.out, only=given.only, device=given.device, as_json=given.json
+        given.files,
+        given.out,
+        only=given.only,
+        device=given.device,
+        seconds=given.seconds,
+        as_json=given.json,
     )
 
 

@@ -18,7 +18,7 @@ from shared_kernels.bench.provenance import checkout_root, command_line, describ
 from shared_kernels.bench.registry import load_benchmarks
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterator, Sequence
     from pathlib import Path
 
     from shared_kernels.bench.arms import Workload
@@ -56,6 +56,7 @@ def run_file(
     only: str | None = None,
     device: str | None = None,
     plan: timing.Plan | None = None,
+    save: Callable[[report.Result], object] | None = None,
 ) -> report.Result:
     """Run the benchmarks of one file with ``SHARED_KERNELS_STRICT=1``.
 
@@ -65,6 +66,8 @@ def run_file(
             (``"noise/*"``).
         device: ``"cuda"`` or ``"cpu"``; by default the GPU if there is one.
         plan: How long to measure.
+        save: Called with the contents so far after every workload, so that a run that is
+            stopped keeps what it measured.
 
     Returns:
         The contents of a result file. Workloads that were not right, or that could not run, are
@@ -72,9 +75,13 @@ def run_file(
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file registers nothing, or ``only`` fits nothing.
+        ValueError: The file registers nothing, ``only`` fits nothing, or there is no such device.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            f"expected a CUDA device for device={device!r}; torch sees none: use 'cpu'"
+        )
     root = checkout_root(path)
     arguments = [str(path), *(["--only", only] if only else [])]
     result: report.Result = {
@@ -86,6 +93,7 @@ def run_file(
         "provenance": describe_run(command_line("shared_kernels.bench", arguments, root), root),
     }
     ceilings, rows, refused = Ceilings(device), [], []
+    measured = {}
     with _strict():
         for name, workload in _workloads(path, device, only):
             _log.info("%s", name)
@@ -100,7 +108,10 @@ def run_file(
                 _log.error("refused %s: %s", name, reason, exc_info=trace)
                 refused.append({"name": name, "reason": reason})
             del workload
-    return result | {"ceilings": ceilings.as_dict(), "workloads": rows, "refused": refused}
+            measured = {"ceilings": ceilings.as_dict(), "workloads": rows, "refused": refused}
+            if save is not None:
+                save(result | measured)
+    return result | measured
 
 
 def run_files(
@@ -109,6 +120,7 @@ def run_files(
     *,
     only: str | None = None,
     device: str | None = None,
+    seconds: float | None = None,
     as_json: bool = False,
 ) -> int:
     """Run benchmark files as a command: results to stdout, progress to stderr.
@@ -118,23 +130,28 @@ def run_files(
         out: Folder of the result files, one per benchmark file and device; ``None`` writes none.
         only: See ``run_file``.
         device: See ``run_file``.
+        seconds: Time budget of a workload; default that of ``timing.Plan``.
         as_json: Print one JSON list instead of tables.
 
     Returns:
         Exit code: 0, or 1 if a workload was refused, or 2 for bad input.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    plan = None if seconds is None else timing.Plan(max_seconds=seconds)
     results = []
+
+    def save(result: report.Result) -> None:
+        if out:
+            name = report.result_name(result["benchmark"], result["device"], only)
+            report.write_result(result, out / f"{name}.json")
+
     for file in files:
         try:
-            result = run_file(file, only=only, device=device)
+            result = run_file(file, only=only, device=device, plan=plan, save=save)
         except (FileNotFoundError, ValueError) as error:
             _log.error("%s", error)
             return 2
         results.append(result)
-        if out:
-            name = report.result_name(file.stem, result["device"], only)
-            report.write_result(result, out / f"{name}.json")
         if not as_json:
             _show(report.markdown_table(result))
     if as_json:

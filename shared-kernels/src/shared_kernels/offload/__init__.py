@@ -2,7 +2,7 @@
 
 from shared_kernels.offload.bandwidth import Bandwidth, measure_bandwidth
 from shared_kernels.offload.blocks import BlockPlan, ParamRef, Unit, discover_blocks
-from shared_kernels.offload.codecs import CODECS, Codec, join_bf16x2, split_bf16x2
+from shared_kernels.offload.codecs import CODECS, Codec
 from shared_kernels.offload.engine import DecodeMaterializer, OffloadEngine
 from shared_kernels.offload.layout import Run, RunBuffers, UnitLayout, layout_unit
 from shared_kernels.offload.memory import (
@@ -36,11 +36,9 @@ __all__ = [
     "WeightStore",
     "discover_blocks",
     "format_bytes",
-    "join_bf16x2",
     "layout_unit",
     "make_transfer",
     "measure_bandwidth",
     "memory_limits",
     "require_host_memory",
-    "split_bf16x2",
 ]

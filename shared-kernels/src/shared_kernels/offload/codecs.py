@@ -12,21 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["CODECS", "Codec", "join_bf16x2", "split_bf16x2"]
+from shared_kernels.ops.zo import join_bf16x2, split_bf16x2
 
-
-def split_bf16x2(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Split float32 into (bfloat16 ``hi``, int16 ``lo``) so that :func:`join_bf16x2` is exact."""
-    bits = value.contiguous().view(torch.int32)
-    hi = (bits + 0x8000) >> 16
-    lo = (bits - (hi << 16)).to(torch.int16)
-    return hi.to(torch.int16).view(torch.bfloat16), lo
-
-
-def join_bf16x2(hi: torch.Tensor, lo: torch.Tensor) -> torch.Tensor:
-    """Restore the float32 that :func:`split_bf16x2` split, bit for bit."""
-    bits = (hi.contiguous().view(torch.int16).to(torch.int32) << 16) + lo.to(torch.int32)
-    return bits.view(torch.float32)
+__all__ = ["CODECS", "Codec"]
 
 
 @dataclass(frozen=True)

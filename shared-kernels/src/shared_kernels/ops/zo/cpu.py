@@ -25,7 +25,7 @@ _KINDS = {torch.float32: _FP32, torch.bfloat16: _BF16, torch.float16: _FP16}
 _U32, _U64 = np.uint32, np.uint64
 _S32 = _U64(32)
 _MASK = _U64(0xFFFFFFFF)
-_ABS, _INF = _U32(0x7FFFFFFF), _U32(0x7F800000)
+_ABS, _INF, _NAN = _U32(0x7FFFFFFF), _U32(0x7F800000), _U32(0x7FC00000)
 _QUIET, _HALF_LSB, _ROUND, _LSB, _16 = _U32(0x40), _U32(0x7FFF), _U32(0x8000), _U32(1), _U32(16)
 _ONE, _MINUS_ZERO = np.float32(1.0), np.float32(-0.0)
 
@@ -108,6 +108,7 @@ def _store(kind, stochastic, m32, m16, lo, y, dither, valid):
     elif kind == _BF16X2:
         for j in range(valid):
             bits = _bits(y[j])
+            bits = _NAN if _U32(bits & _ABS) > _INF else bits
             high = _U32(_U32(bits + _ROUND) >> _16)
             m16[j] = np.uint16(high)
             lo[j] = np.int16(_U32(bits - _U32(high << _16)))

@@ -16,6 +16,7 @@ from shared_kernels.ops.zo.tiles import DECAY_FLAG, FLAGS, START_HIGH, START_LOW
 from shared_kernels.random.reference import TILE_DRAWS, dither_tiles, split_seed
 
 _MASK = 0xFFFFFFFF
+_NAN = 0x7FC00000
 #: Tiles worked on at a time; bounds the temporaries to a few hundred MiB.
 _CHUNK_TILES = 256
 
@@ -37,7 +38,8 @@ def join_bf16x2(hi: Tensor, lo: Tensor) -> Tensor:
 def split_bf16x2(y: Tensor) -> tuple[Tensor, Tensor]:
     """Split float32 into ``hi = (bits + 0x8000) >> 16`` and ``lo = bits - (hi << 16)``, losslessly.
 
-    ``hi`` is ``y`` rounded to bfloat16, ties away from zero.
+    ``hi`` is ``y`` rounded to bfloat16, ties away from zero. Every NaN becomes the quiet NaN
+    0x7FC00000 first, so that ``hi`` alone is a NaN too.
 
     Args:
         y: float32 ``(...)``.
@@ -45,7 +47,7 @@ def split_bf16x2(y: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         bfloat16 ``(...)`` and int16 ``(...)``.
     """
-    bits = y.view(torch.int32).long() & _MASK
+    bits = torch.where(torch.isnan(y), _NAN, y.contiguous().view(torch.int32).long() & _MASK)
     hi = (bits + 0x8000) >> 16
     return hi.to(torch.int16).view(torch.bfloat16), (bits - (hi << 16)).to(torch.int16)
 

@@ -25,6 +25,7 @@ def _emit(out_ptr, offset, value):
 def _fold(master_ptr, lo_ptr, offset, mask, y, dither, STOCHASTIC: tl.constexpr):
     if lo_ptr is not None:
         bits = y.to(tl.uint32, bitcast=True)
+        bits = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000, bits)
         high = (bits + 0x8000) >> 16
         low = (bits - (high << 16)).to(tl.int32, bitcast=True).to(tl.int16)
         tl.store(master_ptr + offset, high.to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=mask)

@@ -1,0 +1,1 @@
+"""One module for each third party; each needs its package installed."""
