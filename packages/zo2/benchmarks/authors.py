@@ -30,8 +30,8 @@ def nanogpt(device):
     if device == "cpu":
         return
     for dtype, tokens in (
-        (torch.bfloat16, 512),
         (torch.bfloat16, 2048),
+        (torch.bfloat16, 512),
         (torch.float32, 2048),
     ):
         yield _workload(device, "opt_2_7b", dtype, tokens)

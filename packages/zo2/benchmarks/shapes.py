@@ -28,7 +28,9 @@ def opt(layers, *, hidden=5120, heads=40, dtype=torch.bfloat16, device="cuda"):
         dropout=0.0,
     )
     with torch.device(device), no_init_weights():
-        return fill(OPTForCausalLM._from_config(config, dtype=dtype))
+        model = OPTForCausalLM._from_config(config, dtype=dtype)
+    model.tie_weights()
+    return fill(model)
 
 
 def smollm2_135m():

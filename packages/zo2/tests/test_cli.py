@@ -1,5 +1,6 @@
 """The command line, in process and through a subprocess: output, JSON and exit status."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from shared_kernels.testing.models import tiny_model
-from zo2 import LogRecord, UpdateLog, ZOConfig
+from zo2 import LogRecord, TrainConfig, UpdateLog, ZOConfig
 from zo2.cli import main
 from zo2.fingerprint import make_header, parameter_entries
 from zo2.log import FLUSH, SKIPPED
@@ -192,6 +193,26 @@ FLAGS = {
     ("log", "verify"): {"--path", "--json"},
     ("log", "truncate"): {"--path", "--records", "--json"},
     ("log", "diff"): {"--first", "--second", "--json"},
+    ("train",): {
+        "--config",
+        "--model",
+        "--data",
+        "--output-dir",
+        "--eval-data",
+        "--lr",
+        "--lr-scheduler",
+        "--steps",
+        "--batch-size",
+        "--max-length",
+        "--dtype",
+        "--resume",
+        "--set",
+        "--dry-run",
+        "--json",
+    },
+    ("bench", "rng"): {"--elements", "--device", "--json"},
+    ("bench", "pcie"): {"--device", "--json"},
+    ("bench", "step"): {"--model", "--tokens", "--gpu", "--dtype", "--device", "--json"},
     ("replay",): {"--base", "--log", "--out", "--upto", "--device", "--json"},
 }
 
@@ -202,3 +223,10 @@ def test_the_set_of_flags_is_frozen(command, capsys):
     assert status == 0
     found = {w.strip(",") for w in out.replace("│", " ").split() if w.startswith("--")}
     assert found - {"--help"} == FLAGS[command]
+
+
+def test_train_has_no_more_flags_than_agreed_and_every_field_of_its_config():
+    fields = {f.name for f in dataclasses.fields(TrainConfig)} - {"zo", "offload", "trainer"}
+    flags = {flag[2:].replace("-", "_") for flag in FLAGS["train",]}
+    assert len(flags) <= 15
+    assert flags - {"config", "set", "dry_run", "json"} == fields

@@ -77,17 +77,30 @@ def test_losses_equal_two_separate_forwards(name):
         torch.testing.assert_close(step.g, expected.g, rtol=1e-4, atol=2e-3)
 
 
-def test_a_step_never_waits_for_the_device():
-    model = tiny_model("llama", **WIDE)
-    engine = prepare(model, ZOConfig(seed=1), OffloadConfig())
-    inputs = cuda_inputs(batch=2, length=32)
+class Plain(torch.nn.Module):
+    """Transformers asks the device whether sequences are packed; this model asks nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(512, 512) for _ in range(6)])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x.square().mean()
+
+
+@pytest.mark.parametrize("store", ["fp32", "bf16x2"])
+def test_a_step_never_waits_for_the_device(store):
+    engine = prepare(Plain(), ZOConfig(seed=1), OffloadConfig(store=store, fold_every=2))
+    x = torch.randn(64, 512, device="cuda")
     for _ in range(3):
-        engine.step(inputs, lr=1e-4)
+        engine.step(lambda m: m(x), lr=1e-4)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(3):
-            engine.step(inputs, lr=1e-4)
+            engine.step(lambda m: m(x), lr=1e-4)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -110,12 +123,18 @@ def test_peak_memory_is_the_static_buffers_and_little_else():
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+
+    # What was asked for: the caching allocator rounds large blocks up by as much as 2 MiB.
+    def requested(which):
+        return torch.cuda.memory_stats()[f"requested_bytes.all.{which}"]
+
+    before = requested("current")
     model = tiny_model("llama", **{**WIDE, "num_hidden_layers": 12})
     engine = prepare(model, ZOConfig(), OffloadConfig(store="fp32"))
     stats = engine.stats()
     static = stats["ring_bytes"] + stats["resident_bytes"] + stats["compute_bytes"]
-    assert torch.cuda.memory_allocated() - before < 1.05 * static + (1 << 20)
+    assert requested("current") - before < 1.01 * static + (1 << 20)
     engine.step(cuda_inputs(), lr=1e-4)
     engine.step(cuda_inputs(), lr=1e-4)
-    assert torch.cuda.max_memory_allocated() - before < 1.1 * static + (8 << 20)
+    # The two probes' cuBLAS workspaces of 32 MiB come on top.
+    assert requested("peak") - before < 1.05 * static + (72 << 20)

@@ -28,6 +28,7 @@ BAD = {
         "from zo2.cli import main; main(['replay', '--help'])",
         "from zo2.cli import main; main(['train', '--help'])",
         "from zo2.cli import main; main(['plan', '--help'])",
+        "from zo2.cli import main; main(['bench', 'step', '--help'])",
         "from zo2.cli import main; main(['--version'])",
     ],
 )
@@ -47,7 +48,8 @@ def test_method_names_load_no_transformers():
 
 
 def test_every_public_name_loads():
-    for name in zo2.__all__:
+    # ZOSFTTrainer needs trl; test_trl.py has it.
+    for name in set(zo2.__all__) - {"ZOSFTTrainer"}:
         assert getattr(zo2, name) is not None, name
     assert set(zo2.__all__) <= set(dir(zo2))
 
@@ -59,6 +61,7 @@ import importlib, pkgutil, zo2
 for module in pkgutil.iter_modules(zo2.__path__):
     if module.name != "__main__":
         importlib.import_module(f"zo2.{module.name}")
-assert all(callable(getattr(zo2, n)) for n in zo2.__all__ if n not in ("reference", "__version__"))
+assert all(callable(getattr(zo2, n)) for n in zo2.__all__ 
+           if n not in ("reference", "__version__", "ZOSFTTrainer"))
 """
     subprocess.run([sys.executable, "-c", code], check=True)

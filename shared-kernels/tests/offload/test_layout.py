@@ -45,7 +45,8 @@ def test_values_survive_and_do_not_overlap(shapes):
             assert torch.equal(value, param.parameter.float())
     for param, view in zip(layout.frozen, buffer.frozen, strict=True):
         assert torch.equal(view, param.parameter)
-        assert view.data_ptr() % 256 == flat.data_ptr() % 256
+        if view.numel():
+            assert view.data_ptr() % 256 == flat.data_ptr() % 256
 
 
 def test_size_is_that_of_the_weights():

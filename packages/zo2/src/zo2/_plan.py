@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from shared_kernels.offload import Bandwidth, format_bytes, measure_bandwidth, memory_limits
+from shared_kernels.offload import Bandwidth, measure_bandwidth, memory_limits
+from shared_kernels.units import format_bytes
 
 from zo2._trace import ForwardTrace, trace_forward
 from zo2.config import OffloadConfig, ZOConfig, parse_bytes

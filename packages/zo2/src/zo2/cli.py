@@ -26,6 +26,8 @@ app = App(
 )
 log_app = App(name="log", help="Look into update logs, check and cut them.")
 app.command(log_app)
+bench_app = App(name="bench", help="Measure this machine: noise, transfers, a step.")
+app.command(bench_app)
 
 JsonFlag = Annotated[bool, Parameter(name="--json", negative="")]
 
@@ -210,11 +212,122 @@ def plan(
         ),
         bandwidth=rates,
     )
-    if json_output:
-        _print_json(found.to_dict())
-    else:
-        _print(found.table())
-    return 0 if found.fits_gpu and found.fits_host else 1
+    return _print_plan(found, json_output)
+
+
+@app.command
+def train(
+    *,
+    config: Path | None = None,
+    model: str | None = None,
+    data: str | None = None,
+    output_dir: str | None = None,
+    eval_data: str | None = None,
+    lr: float | None = None,
+    lr_scheduler: str | None = None,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    max_length: int | None = None,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None,
+    resume: Annotated[bool | None, Parameter(negative="")] = None,
+    settings: Annotated[list[str] | None, Parameter(name="--set", negative="")] = None,
+    dry_run: Annotated[bool, Parameter(negative="")] = False,
+    json_output: JsonFlag = False,
+) -> int:
+    """Fine-tune a model from a data file; options win over the config file.
+
+    Args:
+        config: YAML file with the options below, and blocks zo, offload and trainer.
+        model: Folder with a transformers model, or a name of the hub.
+        data: Examples: .jsonl, .json or .parquet with text, or prompt and completion, or messages.
+        output_dir: Folder for log, checkpoints and the final model (zo2-run).
+        eval_data: Held-out examples of the same form.
+        lr: Learning rate (1e-6).
+        lr_scheduler: Schedule of transformers (constant).
+        steps: Steps (1000).
+        batch_size: Examples per step (16).
+        max_length: Tokens kept of each example (1024).
+        dtype: Type the model is loaded in (auto).
+        resume: Continue from the last checkpoint in the output folder.
+        settings: Any other field of the config, such as zo.eps=1e-2 or offload.gpu=8GiB.
+        dry_run: Check data and options and show the plan; train nothing.
+        json_output: Print JSON.
+    """
+    from zo2.train import load_config, plan_run
+    from zo2.train import train as run
+
+    options = {
+        "model": model,
+        "data": data,
+        "output_dir": output_dir,
+        "eval_data": eval_data,
+        "lr": lr,
+        "lr_scheduler": lr_scheduler,
+        "steps": steps,
+        "batch_size": batch_size,
+        "max_length": max_length,
+        "dtype": dtype,
+        "resume": resume,
+    }
+    chosen = load_config(config, options, settings)
+    if dry_run:
+        return _print_plan(plan_run(chosen), json_output)
+    return _print_result("zo2 train", run(chosen), json_output)
+
+
+@bench_app.command(name="rng")
+def bench_rng(
+    *, elements: int = 1 << 24, device: str | None = None, json_output: JsonFlag = False
+) -> int:
+    """Measure noise: draws per second.
+
+    Args:
+        elements: Draws in one call.
+        device: Default: CUDA if there is any.
+        json_output: Print JSON.
+    """
+    from zo2 import bench
+
+    return _print_result("noise", bench.rng(elements=elements, device=device), json_output)
+
+
+@bench_app.command(name="pcie")
+def bench_pcie(*, device: str | None = None, json_output: JsonFlag = False) -> int:
+    """Measure transfers between host and device, copies and matrix products.
+
+    Args:
+        device: Default: CUDA if there is any.
+        json_output: Print JSON.
+    """
+    from zo2 import bench
+
+    return _print_result("rates per second", bench.pcie(device=device), json_output)
+
+
+@bench_app.command(name="step")
+def bench_step(
+    model: str,
+    *,
+    tokens: int,
+    gpu: str | None = None,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    device: str | None = None,
+    json_output: JsonFlag = False,
+) -> int:
+    """Time steps of a model with random weights, streamed and resident.
+
+    Args:
+        model: Folder or name of a model; only its config is read.
+        tokens: Tokens of the batch.
+        gpu: GPU budget of the streamed arm; default: stream every block.
+        dtype: Compute dtype.
+        device: Default: CUDA if there is any.
+        json_output: Print JSON.
+    """
+    from zo2 import bench
+
+    found = bench.step(model, tokens=tokens, gpu=gpu, dtype=dtype, device=device)
+    return _print_result("step", found, json_output)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -224,7 +337,14 @@ def main(argv: list[str] | None = None) -> int:
         result = app(argv, exit_on_error=False, result_action="return_value")
     except CycloptsError:
         return 2
-    except (LogError, FileNotFoundError, FileExistsError, ValueError, TypeError) as error:
+    except (
+        LogError,
+        FileNotFoundError,
+        FileExistsError,
+        ValueError,
+        TypeError,
+        ImportError,
+    ) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (OSError, RuntimeError, MemoryError) as error:
@@ -284,8 +404,23 @@ def _short(value: Any) -> str:
         shown = ", ".join(_short(v) for v in value[:4])
         return shown if len(value) <= 4 else f"{shown}, … ({len(value)})"
     if isinstance(value, dict):
-        return ", ".join(f"{k} {v}" for k, v in value.items())
+        return ", ".join(f"{k} {_short(v)}" for k, v in value.items())
     return str(value)
+
+
+def _print_plan(found: Any, json_output: bool) -> int:
+    if json_output:
+        _print_json(found.to_dict())
+    else:
+        _print(found.table())
+    return 0 if found.fits_gpu and found.fits_host else 1
+
+
+def _print_result(title: str, values: dict[str, Any], json_output: bool) -> int:
+    if json_output:
+        return _print_json(values)
+    _print_table(title, ("", ""), [(k, _short(v)) for k, v in values.items()])
+    return 0
 
 
 def _print_json(value: Any) -> int:

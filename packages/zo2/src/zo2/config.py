@@ -333,8 +333,8 @@ class TrainConfig(_JSONConfig):
 
     Args:
         model: A folder with a transformers model, or a name of the hub.
-        data: Training examples: a ``.jsonl``, ``.json`` or ``.parquet`` file or a dataset name,
-            with a ``text`` column, or ``prompt`` and ``completion`` columns, or ``messages``.
+        data: Training examples: a ``.jsonl``, ``.json`` or ``.parquet`` file with ``text``, or
+            ``prompt`` and ``completion``, or ``messages``.
         output_dir: Folder for the log, checkpoints and the final model.
         eval_data: Held-out examples of the same form; ``None`` evaluates nothing.
         lr: Learning rate.
@@ -367,7 +367,7 @@ class TrainConfig(_JSONConfig):
     def __post_init__(self) -> None:
         """Check every field, and that no TrainingArguments value is given twice."""
         self._text("model", what="a model folder or name", remedy="give --model")
-        self._text("data", what="a data file or dataset name", remedy="give --data")
+        self._text("data", what="a data file", remedy="give --data")
         self._text("output_dir", what="a folder", remedy="give --output-dir")
         if self.eval_data is not None:
             self._text("eval_data", what="a data file", remedy="None evaluates nothing")

@@ -17,7 +17,7 @@ from zo2.fingerprint import hash_tensor
 from zo2.history import History
 from zo2.log import FLUSH, LogError, UpdateLog
 from zo2.objective import Objective, Weighted, as_objectives
-from zo2.resume import open_run, restore_records
+from zo2.resume import check_run, open_run, restore_records
 
 if TYPE_CHECKING:
     from shared_kernels.offload import OffloadEngine, WeightStore
@@ -108,6 +108,12 @@ class ZOEngine:
         return self._pending.step
 
     @property
+    def shifts_labels(self) -> bool:
+        """Whether the model's loss leaves out the first label of a sequence, as decoders do."""
+        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        return getattr(base, "loss_type", None) in (None, "ForCausalLM")
+
+    @property
     def log(self) -> UpdateLog | None:
         """The update log, if the run keeps one."""
         return self._history.log
@@ -133,7 +139,9 @@ class ZOEngine:
             TypeError: The objective returns something that is not one real number.
         """
         self._check_open()
-        micro = as_objectives(objective, self.device, self.zo.micro_batch_size)
+        micro = as_objectives(
+            objective, self.device, self.zo.micro_batch_size, shifted=self.shifts_labels
+        )
         probes = [
             (self._measured(function), (direction, sign))
             for direction in range(self.zo.q)
@@ -333,9 +341,7 @@ class ZOEngine:
                 "were changed without one; save the model and prepare it anew"
             )
         self._history.drain(wait=True)
-        if self._header is None:
-            self._header = self._make_header(self._hashes())
-        log = open_run(Path(path), self._header)
+        log = open_run(Path(path), self._run_header())
         try:
             updates = int(((log.records["flags"] & FLUSH) == 0).sum())
             if self.global_step == 0:
@@ -349,6 +355,21 @@ class ZOEngine:
             log.close()
             raise
         self._history.log = log
+
+    def check_log(self, path: str | Path) -> None:
+        """Check that a log was started from the weights and settings of this engine.
+
+        Raises:
+            LogError: It was not; the message says what differs.
+        """
+        self._check_open()
+        with UpdateLog.open(path) as log:
+            check_run(log, self._run_header())
+
+    def _run_header(self) -> dict[str, Any]:
+        if self._header is None:
+            self._header = self._make_header(self._hashes())
+        return self._header
 
     def _hashes(self) -> dict[str, str]:
         found: dict[str, str] = {}
@@ -382,6 +403,9 @@ class ZOEngine:
             raise RuntimeError("a log cannot express overwritten weights; call close_log() first")
         weights, engine = self.state_dict(), self._engine
         params = dict(self.model.named_parameters())
+        # Loaders ask for the state dict, which is refused while weights are elsewhere.
+        hooks = self.model._state_dict_pre_hooks
+        self.model._state_dict_pre_hooks = type(hooks)()
         try:
             for name, param in params.items():
                 param.data = weights[name]
@@ -397,6 +421,7 @@ class ZOEngine:
             self._materializer.forget()
             self._rewritten = True
         finally:
+            self.model._state_dict_pre_hooks = hooks
             for unit in engine.plan.units:
                 engine._unbind(unit.index)
         return result

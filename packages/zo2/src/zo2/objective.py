@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Objective", "Weighted", "as_objectives", "split_batch", "to_device"]
+__all__ = ["Objective", "Weighted", "as_objectives", "counted", "split_batch", "to_device"]
 
 Objective = Callable[[nn.Module], "float | torch.Tensor"]
 Weighted = tuple[Objective, float]
@@ -47,55 +47,51 @@ def _without_cache(model: nn.Module) -> dict[str, bool]:
     return {"use_cache": False} if "use_cache" in signature(base.forward).parameters else {}
 
 
-def _weight(batch: Mapping[str, Any], rows: slice) -> float:
-    labels = batch.get("labels")
-    if isinstance(labels, torch.Tensor) and labels.ndim > 1:
-        # Decoder-only losses average over the labels after the first, which predicts nothing.
-        counted = labels[rows, 1:] if "decoder_input_ids" not in batch else labels[rows]
-        return float((counted != -100).sum())
-    return float(rows.stop - rows.start)
-
-
-def split_batch(
-    batch: Mapping[str, Any], micro_batch_size: int | None
-) -> list[tuple[dict[str, Any], float]]:
-    """Cut a batch along its first dimension into parts with weights that sum to one.
-
-    A part weighs as many label tokens as it counts, so that the weighted sum of mean losses is the
-    mean loss of the whole batch.
+def counted(batch: Mapping[str, Any], *, shifted: bool = True) -> torch.Tensor | int:
+    """Count what the mean loss of a batch averages over: label tokens, or rows.
 
     Args:
         batch: Keyword arguments for the model.
-        micro_batch_size: Most rows of a part; None keeps the batch whole.
+        shifted: Whether the loss leaves out the first label of a sequence, which a decoder-only
+            model has nothing to predict from.
+
+    Returns:
+        The count, a tensor without dimensions where it takes the labels' values.
+    """
+    labels = batch.get("labels")
+    if isinstance(labels, torch.Tensor) and labels.ndim > 1:
+        return ((labels[:, 1:] if shifted else labels) != -100).sum()
+    return next((len(v) for v in batch.values() if isinstance(v, torch.Tensor) and v.ndim), 1)
+
+
+def split_batch(batch: Mapping[str, Any], micro_batch_size: int | None) -> list[Mapping[str, Any]]:
+    """Cut a batch into parts of at most ``micro_batch_size`` rows.
 
     Raises:
-        ValueError: The batch's tensors differ in their first dimension, or no label counts.
+        ValueError: The batch's tensors differ in their first dimension.
     """
     tensors = {k: v for k, v in batch.items() if isinstance(v, torch.Tensor) and v.ndim}
     sizes = {k: len(v) for k, v in tensors.items()}
     total = next(iter(sizes.values()), 0)
     if micro_batch_size is None or total <= micro_batch_size:
-        return [(dict(batch), 1.0)]
+        return [batch]
     if len(set(sizes.values())) > 1:
         raise ValueError(
             f"cannot split a batch whose tensors have different first dimensions: {sizes}; "
             "leave micro_batch_size unset"
         )
-    parts = []
-    for start in range(0, total, micro_batch_size):
-        rows = slice(start, min(start + micro_batch_size, total))
-        part = {k: v[rows] if k in tensors else v for k, v in batch.items()}
-        parts.append((part, _weight(batch, rows)))
-    whole = sum(weight for _, weight in parts)
-    if whole == 0:
-        raise ValueError("no label of the batch counts (all are -100)")
-    return [(part, weight / whole) for part, weight in parts]
+    return [
+        {k: v[start : start + micro_batch_size] if k in tensors else v for k, v in batch.items()}
+        for start in range(0, total, micro_batch_size)
+    ]
 
 
 def as_objectives(
     what: Objective | Mapping[str, Any] | Sequence[Weighted],
     device: torch.device,
     micro_batch_size: int | None,
+    *,
+    shifted: bool = True,
 ) -> list[Weighted]:
     """Turn what a step is to measure into weighted objectives.
 
@@ -103,8 +99,10 @@ def as_objectives(
         what: A mapping of keyword arguments for the model, with labels; a function that takes
             the model and returns a number; or pairs of such a function and its weight.
         device: Where the batch's tensors go.
-        micro_batch_size: Rows per objective of a batch, see :func:`split_batch`; all parts share
-            each load of a block.
+        micro_batch_size: Rows per objective of a batch; all parts share each load of a block. A
+            part weighs as much as its loss averages over, so that the weighted sum of losses is
+            the loss of the whole batch, up to rounding.
+        shifted: See :func:`counted`.
 
     Raises:
         TypeError: ``what`` is none of these.
@@ -113,7 +111,14 @@ def as_objectives(
     """
     if isinstance(what, Mapping):
         parts = split_batch(what, micro_batch_size)
-        return [(_loss(to_device(part, device)), weight) for part, weight in parts]
+        losses = [_loss(to_device(part, device)) for part in parts]
+        if len(parts) == 1:
+            return [(losses[0], 1.0)]
+        counts = [float(counted(part, shifted=shifted)) for part in parts]
+        if not sum(counts):
+            raise ValueError("no label of the batch counts (all are -100)")
+        # The mean loss of a part without labels is not a number.
+        return [(f, n / sum(counts)) for f, n in zip(losses, counts, strict=True) if n]
     if callable(what):
         if micro_batch_size is not None:
             raise ValueError(

@@ -10,10 +10,10 @@ from shared_kernels.offload import (
     BlockPlan,
     UnitLayout,
     discover_blocks,
-    format_bytes,
     layout_unit,
     memory_limits,
 )
+from shared_kernels.units import format_bytes
 from torch import nn
 
 from zo2.config import OffloadConfig, ZOConfig, parse_bytes
@@ -130,10 +130,12 @@ def _mezo_codecs(plan: BlockPlan, spec: OffloadConfig) -> dict[torch.dtype, str]
 def _fold_every(spec: OffloadConfig, layouts: list[UnitLayout], on_device: set[int]) -> int:
     if spec.fold_every != "auto":
         return spec.fold_every
-    # Folding a streamed bf16x2 block moves its lower half both ways; replaying a few updates
-    # instead costs less than that. A resident or fp32 block is best folded at once.
-    split = any(layout.lo_nbytes for k, layout in enumerate(layouts) if k not in on_device)
-    return 8 if split else 1
+    # Folding a streamed 16-bit block sends it back, and bf16x2 its lower half both ways; replaying
+    # a few updates instead costs less than that, and bf16 rounds less often. Where nothing is
+    # streamed, or the forward needs all 32 bits anyway, a block is best folded at once.
+    streamed = [layout for k, layout in enumerate(layouts) if k not in on_device]
+    short = any(run.codec.main.itemsize == 2 for layout in streamed for run in layout.runs)
+    return 8 if short else 1
 
 
 def static_bytes(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from zo2.materializer import Materializer
 
-__all__ = ["adopt_log", "open_run", "restore_records", "set_aside"]
+__all__ = ["adopt_log", "check_run", "open_run", "restore_records", "set_aside"]
 
 
 def open_run(path: Path, header: dict[str, Any]) -> UpdateLog:
@@ -36,14 +36,20 @@ def open_run(path: Path, header: dict[str, Any]) -> UpdateLog:
         return UpdateLog.create(path, header)
     log = UpdateLog.open(path, mode="a")
     try:
-        _same_run(path, LogHeader.from_dict(log.header), LogHeader.from_dict(header))
+        check_run(log, header)
     except BaseException:
         log.close()
         raise
     return log
 
 
-def _same_run(path: Path, found: LogHeader, ours: LogHeader) -> None:
+def check_run(log: UpdateLog, header: dict[str, Any]) -> None:
+    """Check that a log is of the run whose header is given.
+
+    Raises:
+        LogError: A setting or a base weight differs.
+    """
+    path, found, ours = log.path, LogHeader.from_dict(log.header), LogHeader.from_dict(header)
     for name in ("arithmetic", "dist", "eps", "q", "run_seed", "fold_every", "rounding", "rng"):
         if getattr(found, name) != getattr(ours, name):
             raise LogError(

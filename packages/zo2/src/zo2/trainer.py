@@ -22,7 +22,7 @@ from transformers import Trainer
 from zo2._prepare import prepare, refuse_managed
 from zo2.config import OffloadConfig, ZOConfig
 from zo2.engine import Estimate, ZOEngine
-from zo2.objective import split_batch
+from zo2.objective import counted, split_batch
 from zo2.resume import adopt_log, set_aside
 
 if TYPE_CHECKING:
@@ -251,21 +251,10 @@ class ZOTrainerMixin(_Base):
         """
         model.train()
         inputs = self._prepare_inputs(inputs)
-        scale = 1.0
-        adds_up = self._loss_is_scaled(num_items_in_batch)
-        if not adds_up:
-            scale /= self.current_gradient_accumulation_steps
-
-        def objective(part: Mapping[str, Any]) -> Callable[[nn.Module], torch.Tensor]:
-            # compute_loss may change the mapping it is given.
-            return lambda _: self._loss(model, dict(part), num_items_in_batch)
-
         parts = split_batch(inputs, self.engine.zo.micro_batch_size)
-        if adds_up and num_items_in_batch is not None:
-            parts = [(part, 1.0) for part, _ in parts]
         estimate = self.engine.estimate(
-            [(objective(part), weight * scale) for part, weight in parts],
-            random=self.engine.zo.train_mode or self._loss_may_draw(),
+            [(self._objective(model, part, inputs, num_items_in_batch), 1.0) for part in parts],
+            random=self.engine.zo.train_mode or self._own_loss(),
         )
         self._zo_optimizer.accumulate(estimate)
         if not self._filters_loss:
@@ -273,22 +262,49 @@ class ZOTrainerMixin(_Base):
         usual = self._tr_loss / (1 + self.state.global_step - self._globalstep_last_logged)
         return torch.where(torch.isfinite(estimate.loss), estimate.loss, usual)
 
-    def _loss(self, model: nn.Module, inputs: dict, num_items: Any) -> Any:
-        with self.compute_loss_context_manager():
-            return self.compute_loss(model, inputs, num_items_in_batch=num_items)
+    def _objective(
+        self, model: nn.Module, part: Mapping[str, Any], whole: Mapping[str, Any], items: Any
+    ) -> Callable[[nn.Module], torch.Tensor]:
+        """A part's contribution to the loss of the whole accumulated batch."""
+        own, steps = self._own_loss(), self.current_gradient_accumulation_steps
+        share: Any = 1.0
+        if own and not self._own_loss_is_scaled(items):
+            share = counted(part) / counted(whole) / steps
+        elif not own:
+            # Models are asked for plain means: some take num_items_in_batch and disregard it.
+            shifted = self.engine.shifts_labels
+            count = counted(part, shifted=shifted)
+            if items is None:
+                share = count / counted(whole, shifted=shifted) / steps
+            else:
+                share = self._get_num_items_in_batch([part], self.args.device) / items
 
-    def _loss_is_scaled(self, num_items: Any) -> bool:
-        """Whether compute_loss has divided by the size of the whole accumulated batch."""
+        def objective(_: nn.Module) -> torch.Tensor:
+            with self.compute_loss_context_manager():
+                # A copy: compute_loss may change the mapping it is given.
+                loss: Any = self.compute_loss(
+                    model, dict(part), num_items_in_batch=items if own else None
+                )
+            if isinstance(share, torch.Tensor):
+                # The mean over no labels is not a number.
+                return torch.where(share > 0, loss * share, 0.0)
+            return loss if share == 1 else loss * share
+
+        return objective
+
+    def _own_loss(self) -> bool:
+        """Whether the loss is the user's: it gets ``num_items_in_batch`` and may be random."""
+        stock = type(self).compute_loss is Trainer.compute_loss
+        return not stock or self.compute_loss_func is not None
+
+    def _own_loss_is_scaled(self, items: Any) -> bool:
+        """Whether it divides by the size of the whole accumulated batch; the stock rule."""
         known = getattr(self, "loss_is_scaled_for_ga", None)
         if known is not None:
             return known
         if self.compute_loss_func is not None:
             return True
-        return self.model_accepts_loss_kwargs and num_items is not None
-
-    def _loss_may_draw(self) -> bool:
-        stock = type(self).compute_loss is Trainer.compute_loss
-        return not stock or self.compute_loss_func is not None
+        return self.model_accepts_loss_kwargs and items is not None
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
         return self._get_grad_norm(model)
@@ -336,6 +352,8 @@ class ZOTrainerMixin(_Base):
                 f"this trainer has taken {self.engine.global_step} steps already; resuming "
                 "replays the log onto the base model: make a new trainer with it"
             )
+        # Before a log that goes on from the checkpoint is cut back to it.
+        self.engine.check_log(saved)
         kept = adopt_log(saved, self.log_path)
         if kept is not None:
             logger.warning("%s: another run's log is kept as %s", self.log_path, kept.name)

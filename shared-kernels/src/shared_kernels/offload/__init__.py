@@ -9,7 +9,6 @@ from shared_kernels.offload.memory import (
     HostBuffer,
     HostMemoryError,
     MemoryLimits,
-    format_bytes,
     memory_limits,
     require_host_memory,
 )
@@ -35,7 +34,6 @@ __all__ = [
     "UnitLayout",
     "WeightStore",
     "discover_blocks",
-    "format_bytes",
     "layout_unit",
     "make_transfer",
     "measure_bandwidth",

@@ -19,11 +19,12 @@ from pathlib import Path
 import psutil
 import torch
 
+from shared_kernels.units import format_bytes
+
 __all__ = [
     "HostBuffer",
     "HostMemoryError",
     "MemoryLimits",
-    "format_bytes",
     "memory_limits",
     "require_host_memory",
 ]
@@ -37,15 +38,6 @@ logger = logging.getLogger(__name__)
 
 _PAGE = mmap.PAGESIZE
 _PREFAULT_CHUNK = 256 << 20
-
-
-def format_bytes(count: float) -> str:
-    """Write a byte count with a binary unit, as in ``"3.62 GiB"``."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1024
-    return f"{count:.2f} TiB"
 
 
 @dataclass(frozen=True)
