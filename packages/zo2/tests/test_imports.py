@@ -61,7 +61,7 @@ import importlib, pkgutil, zo2
 for module in pkgutil.iter_modules(zo2.__path__):
     if module.name != "__main__":
         importlib.import_module(f"zo2.{module.name}")
-assert all(callable(getattr(zo2, n)) for n in zo2.__all__ 
+assert all(callable(getattr(zo2, n)) for n in zo2.__all__
            if n not in ("reference", "__version__", "ZOSFTTrainer"))
 """
     subprocess.run([sys.executable, "-c", code], check=True)

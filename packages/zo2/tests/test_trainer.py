@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -510,3 +511,16 @@ def test_the_arguments_given_are_left_as_they_were(tmp_path):
     trainer = ZOTrainer(tiny_model("llama", **LAYERS), args, zo=ZO, train_dataset=DATA)
     trainer.train()
     assert json.dumps(args.to_dict(), default=str) == before
+
+
+def test_the_three_lines_of_the_readme_run(tmp_path):
+    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    code = text.split("```python\n")[1].split("```")[0]
+    names = {
+        "model": tiny_model("llama", **LAYERS),
+        "args": arguments(tmp_path),
+        "dataset": DATA,
+    }
+    exec(code, names)
+    assert names["trainer"].engine.global_step == 4
+    assert names["trainer"].engine.offload == OffloadConfig(gpu="8GiB")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tenfold.step import Context, Metric, Plot, StepFailed, StepResult, Table
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from torch import Tensor, nn
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 STEPS, BATCH, LR, EPS, SEED = 60, 32, 8e-5, 1e-3, 0
 EVALUATE_EVERY = 20
+RECIPE_AT = (10, 25, 40)
 LEAST_GAIN = 0.05
 """Dev accuracy must rise by this much, or the step fails; runs differ by about 0.02."""
 
@@ -74,16 +75,15 @@ class ZO2Step:
         log = context.folder / "words.zolog"
         config = zo2.ZOConfig(eps=EPS, dist="rademacher", seed=SEED)
         with zo2.prepare(model, config, zo2.OffloadConfig(), log=log, device="cpu") as engine:
-            curve = _train(engine, classifier, data, steps, context)
+            recipe = _Recipe(folder, at=(2,) if context.quick else RECIPE_AT)
+            curve = _train(engine, classifier, data, steps, context, recipe)
             after = engine.evaluate(lambda m: classifier.margins(m, data.dev))
             trained = engine.state_dict()
             stats = engine.stats()
         context.progress(0.85, "replaying the update log")
         replay_seconds = _check_replay(folder, log, trained)
         del trained, engine, model
-
-        context.progress(0.92, "timing MeZO's own recipe")
-        plain_seconds = _time_mezo(folder, classifier, data, steps=1 if context.quick else 3)
+        plain_seconds, per_step = recipe.medians()
 
         zero_shot = polarity.accuracy(before, data.dev)
         calibrated = polarity.accuracy(before, data.dev, threshold=offset)
@@ -96,7 +96,6 @@ class ZO2Step:
         curve.accuracy = {0: zero_shot, **curve.accuracy, steps: learned}
         weights = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
         device = stats["resident_bytes"] + stats["ring_bytes"] + stats["compute_bytes"]
-        per_step = statistics.median(curve.seconds)
         metrics = (
             Metric(
                 "Accuracy on held-out words", 100 * learned, "%", 100 * zero_shot, "untrained"
@@ -134,7 +133,9 @@ class ZO2Step:
         )
 
 
-def _train(engine, classifier: Classifier, data: Split, steps: int, context: Context) -> Curve:
+def _train(
+    engine, classifier: Classifier, data: Split, steps: int, context: Context, recipe: _Recipe
+) -> Curve:
     from tenfold.tasks import polarity
 
     curve = Curve([], [], {})
@@ -145,6 +146,7 @@ def _train(engine, classifier: Classifier, data: Split, steps: int, context: Con
         loss = float(engine.step(objective, lr=LR).loss)
         curve.seconds.append(time.perf_counter() - began)
         curve.losses.append(loss)
+        recipe.beside(step, objective, curve.seconds[-1])
         context.progress(0.1 + 0.72 * step / steps, f"step {step} of {steps}, loss {loss:.3f}")
         if step % EVALUATE_EVERY == 0 and step < steps:
             margins = engine.evaluate(lambda model: classifier.margins(model, data.dev))
@@ -169,23 +171,34 @@ def _check_replay(folder: Path, log: Path, trained: dict[str, Tensor]) -> float:
     return seconds
 
 
-def _time_mezo(folder: Path, classifier: Classifier, data: Split, *, steps: int) -> float:
-    """Return the median duration in seconds of MeZO's step as published, on the same batches."""
-    import torch
-    from transformers import AutoModelForCausalLM
-    from zo2.reference import mezo_step
+class _Recipe:
+    """MeZO's step as published, timed beside some of ours: same batch, same minute."""
 
-    from tenfold.tasks import polarity
+    def __init__(self, folder: Path, at: Sequence[int]) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
 
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    batches = polarity.batches(data.train, min(BATCH, len(data.train)), seed=SEED)
-    seconds = []
-    for step in range(steps):
-        objective = classifier.objective(next(batches))
-        began = time.perf_counter()
-        mezo_step(model, objective, seed=step, eps=EPS, lr=LR)
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds)
+        self._model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        with torch.no_grad():
+            for param in self._model.parameters():
+                # Out of the memory-mapped file, whose pages would be copied while time is taken.
+                param.data = param.data.clone()
+        self._at = at
+        self._seconds: list[tuple[float, float]] = []
+
+    def beside(self, step: int, objective: Callable[[nn.Module], Tensor], ours: float) -> None:
+        """Do one step of the recipe if it is the turn; ``ours`` is our time for the batch."""
+        from zo2.reference import mezo_step
+
+        if step in self._at:
+            began = time.perf_counter()
+            mezo_step(self._model, objective, seed=step, eps=EPS, lr=LR)
+            self._seconds.append((time.perf_counter() - began, ours))
+
+    def medians(self) -> tuple[float, float]:
+        """Return the recipe's and our median seconds over the steps timed together."""
+        theirs, ours = zip(*self._seconds, strict=True)
+        return statistics.median(theirs), statistics.median(ours)
 
 
 def _examples(template: str, dev: Sequence[Example], before: Tensor, after: Tensor) -> Table:

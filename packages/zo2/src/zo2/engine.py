@@ -110,7 +110,8 @@ class ZOEngine:
     @property
     def shifts_labels(self) -> bool:
         """Whether the model's loss leaves out the first label of a sequence, as decoders do."""
-        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        model: Any = self.model
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
         return getattr(base, "loss_type", None) in (None, "ForCausalLM")
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -125,13 +125,13 @@ def as_objectives(
                 f"micro_batch_size={micro_batch_size} splits batches, a function cannot be split: "
                 "leave it unset, or give pairs of functions and weights"
             )
-        return [(what, 1.0)]
+        return [(cast("Objective", what), 1.0)]
     if not isinstance(what, Sequence) or not what or not all(map(_is_weighted, what)):
         raise TypeError(
             "expected a batch (a mapping), a function of the model, or pairs of functions and "
             f"weights, got {type(what).__name__}"
         )
-    return list(what)
+    return list(cast("Sequence[Weighted]", what))
 
 
 def _is_weighted(pair: Any) -> bool:

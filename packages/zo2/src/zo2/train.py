@@ -7,13 +7,10 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import zo2
 from zo2.config import TrainConfig
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 __all__ = ["encode", "load_config", "plan_run", "read_rows", "train"]
 
@@ -201,7 +198,7 @@ def _chat(prompt: list, whole: list, tokenizer: Any) -> tuple[list[int], list[in
 def _tokenizer(config: TrainConfig) -> Any:
     import transformers
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(config.model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -241,14 +238,15 @@ def train(config: TrainConfig) -> dict[str, Any]:
         name: None if path is None else encode(read_rows(path), tokenizer, config.max_length)
         for name, path in (("train", config.data), ("eval", config.eval_data))
     }
-    arguments = transformers.TrainingArguments(
-        output_dir=config.output_dir,
-        learning_rate=config.lr,
-        lr_scheduler_type=config.lr_scheduler,
-        max_steps=config.steps,
-        per_device_train_batch_size=config.batch_size,
-        **{"report_to": "none"} | config.trainer,
-    )
+    given: dict[str, Any] = {
+        "output_dir": config.output_dir,
+        "learning_rate": config.lr,
+        "lr_scheduler_type": config.lr_scheduler,
+        "max_steps": config.steps,
+        "per_device_train_batch_size": config.batch_size,
+        "report_to": "none",
+    }
+    arguments = transformers.TrainingArguments(**given | config.trainer)
     checkpoint = None
     if config.resume:
         checkpoint = get_last_checkpoint(config.output_dir)
@@ -266,7 +264,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             data_collator=transformers.DataCollatorForSeq2Seq(tokenizer),
             processing_class=tokenizer,
         )
-        with _closing(engine):
+        with engine:
             done = trainer.train(resume_from_checkpoint=checkpoint)
             trainer.save_model()
             result: dict[str, Any] = {
@@ -280,11 +278,3 @@ def train(config: TrainConfig) -> dict[str, Any]:
             if sets["eval"] is not None:
                 result["eval_loss"] = trainer.evaluate()["eval_loss"]
     return result
-
-
-@contextlib.contextmanager
-def _closing(engine: zo2.ZOEngine) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        engine.close()

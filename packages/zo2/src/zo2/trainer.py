@@ -13,7 +13,7 @@ import importlib.util
 import logging
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -97,7 +97,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         """Forget what was accumulated."""
         self.estimate = None
 
-    def step(self, closure: Callable[[], float] | None = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """Commit what was accumulated, at the group's learning rate and weight decay.
 
         Raises:
@@ -182,7 +182,9 @@ class ZOTrainerMixin(_Base):
         self._filters_loss, args.logging_nan_inf_filter = args.logging_nan_inf_filter, False
         # There is no backward pass whose gradients could underflow.
         self.accelerator.scaler = None
-        self.engine = engine or prepare(self.model, zo, offload, device=args.device)
+        self.engine = engine or prepare(
+            cast("nn.Module", self.model), zo, offload, device=args.device
+        )
         if self.engine.device != torch.empty(0, device=args.device).device:
             raise ValueError(
                 f"the engine computes on {self.engine.device}, the arguments on {args.device}"
@@ -233,7 +235,7 @@ class ZOTrainerMixin(_Base):
             )
             self.optimizer = self._zo_optimizer
         self._zo_optimizer.zero_grad()
-        return self.optimizer
+        return cast("torch.optim.Optimizer", self.optimizer)
 
     def training_step(
         self,
