@@ -107,3 +107,16 @@ def test_weighted_objectives_add_up():
     micro = zo2.prepare(tiny_model("llama", **LAYERS), ZO.replace(micro_batch_size=2), device="cpu")
     with pytest.raises(ValueError, match="cannot be split"):
         micro.estimate(loss)
+
+
+def test_a_part_without_labels_counts_for_nothing():
+    inputs = {k: v.clone() for k, v in INPUTS.items()}
+    inputs["labels"][1] = -100
+    whole = make().estimate(inputs)
+    zo = ZO.replace(micro_batch_size=1)
+    parts = zo2.prepare(tiny_model("llama", **LAYERS), zo, device="cpu").estimate(inputs)
+    torch.testing.assert_close(parts.loss, whole.loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(parts.g, whole.g, rtol=0, atol=2e-3)
+    inputs["labels"][:] = -100
+    with pytest.raises(ValueError, match="no label"):
+        zo2.prepare(tiny_model("llama", **LAYERS), zo, device="cpu").estimate(inputs)

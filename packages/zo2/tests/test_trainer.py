@@ -26,6 +26,7 @@ def dataset(count=16, *, length=8, name="llama"):
         # Examples count differently, or the weighting by tokens would not show.
         for k in range(count):
             inputs["labels"][k, : k % 4] = -100
+        inputs["labels"][1] = -100
     return [{key: value[k] for key, value in inputs.items()} for k in range(count)]
 
 
