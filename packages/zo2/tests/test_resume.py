@@ -54,6 +54,7 @@ KINDS = {"loop": loop, "trainer": trainer}
 
 CHILD = """
 import importlib.util, os, pathlib, signal, sys, torch
+from transformers import LlamaForCausalLM, Trainer  # once, before the forks
 torch.set_num_threads(int(sys.argv[2]))
 spec = importlib.util.spec_from_file_location("victim", sys.argv[1])
 victim = importlib.util.module_from_spec(spec)

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from shared_kernels.offload import OffloadEngine, WeightStore, discover_blocks, layout_unit
+from shared_kernels.offload import (
+    DecodeMaterializer,
+    OffloadEngine,
+    WeightStore,
+    discover_blocks,
+    layout_unit,
+)
 from shared_kernels.testing.models import ARCHITECTURES, tiny_inputs, tiny_model
 from torch import nn
 
@@ -116,6 +122,28 @@ def test_thread_settings_follow_the_caller():
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert engine.lockstep([(look, None)] * 2) == [torch.bfloat16] * 2
     assert seen == [(False, True)] * 2
+
+
+def test_autocast_does_not_keep_the_weights_of_another_probe():
+    """Side by side, variants with different weights give what each gives alone."""
+
+    class Scaled(DecodeMaterializer):
+        def groups(self, variants):
+            return [[v] for v in dict.fromkeys(variants)]
+
+        def materialize(self, unit, buffer, group, *, training):
+            views, changed = super().materialize(unit, buffer, group, training=training)
+            return {v: [w * (v or 1.0) for w in ws] for v, ws in views.items()}, changed
+
+    model, inputs = tiny_model("llama"), tiny_inputs("llama")
+    engine = stream(model)
+    engine.materializer = Scaled()
+
+    def losses(*scales):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            return engine.lockstep([(lambda: model(**inputs).loss, s) for s in scales])
+
+    assert losses(1.0, 2.0) == [*losses(1.0), *losses(2.0)]
 
 
 def test_dropout_masks_agree_between_probes():

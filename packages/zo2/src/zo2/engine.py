@@ -155,10 +155,10 @@ class ZOEngine:
         with self._mode():
             losses = self._engine.lockstep(probes, random=random)
         dtype = torch.promote_types(losses[0].dtype, torch.float32)
-        pairs = torch.stack([x.to(dtype) for x in losses]).view(self.zo.q, len(micro), 2)
-        weights = [weight for _, weight in micro]
-        if any(weight != 1 for weight in weights):
-            pairs = pairs * torch.tensor(weights, dtype=dtype).to(self.device).view(1, -1, 1)
+        # A number times a tensor needs no copy to the device, which the host would wait for.
+        weights = [weight for _ in range(self.zo.q) for _, weight in micro for _ in (1, -1)]
+        parts = [x.to(dtype) * weight for x, weight in zip(losses, weights, strict=True)]
+        pairs = torch.stack(parts).view(self.zo.q, len(micro), 2)
         plus, minus = pairs.sum(1).unbind(-1)
         g = ((plus - minus) / (2 * self.zo.eps)).float()
         return Estimate((plus + minus).mean().float() / 2, g, self.global_step)
@@ -210,7 +210,7 @@ class ZOEngine:
                 raise TypeError(
                     f"the objective must return one real number, got {type(value).__name__}"
                 )
-            return torch.tensor(float(value), dtype=torch.float64).to(self.device)
+            return torch.full((), float(value), dtype=torch.float64, device=self.device)
 
         return run
 

@@ -68,12 +68,6 @@ class _Buffers:
         return self._views[key]
 
 
-def _forget_casts() -> None:
-    # Autocast caches casts by parameter, in one table for all threads. Here one parameter takes
-    # the weights of every probe in turn, and would be computed with in those of the first.
-    torch.clear_autocast_cache()
-
-
 class Materializer(ABC):
     """What both arithmetics share: buffers, groups of probes, when a unit folds.
 
@@ -155,7 +149,6 @@ class Materializer(ABC):
         self, unit: int, buffer: UnitBuffer, group: Sequence[Any], *, training: bool
     ) -> tuple[dict[Any, Views], tuple[str, ...]]:
         """Fill the compute buffers for a direction's signs, folding if the unit is due."""
-        _forget_casts()
         changed = self._fill(unit, buffer, self._blocks, group, training=training)
         layout = self.store.layouts[unit]
         views = {v: self._blocks.views(layout, 1 if v is None else v[1]) for v in group}
@@ -163,7 +156,6 @@ class Materializer(ABC):
 
     def resident(self, unit: int, buffer: UnitBuffer, variant: Any, *, training: bool) -> Views:
         """As :meth:`materialize`; each direction's pair is made once a step and kept."""
-        _forget_casts()
         direction = 0 if variant is None else variant[0]
         buffers = self._resident[direction]
         kind = (self.pending.step, variant is None, self.store.version[unit])

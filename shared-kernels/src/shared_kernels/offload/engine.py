@@ -137,6 +137,9 @@ class OffloadEngine:
                     module._buffers[name] = buffer.to(self.device)
 
     def _bind(self, unit: int, views: Sequence[torch.Tensor]) -> None:
+        # Autocast caches casts by parameter, in one table for all threads. Here one parameter takes
+        # the weights of every probe in turn, and would be computed with in those of the first.
+        torch.clear_autocast_cache()
         for param, view in zip(self._params[unit], views, strict=True):
             param.data = view
 
