@@ -90,7 +90,7 @@ class ZOEngine:
         self.model, self.zo, self.offload = model, zo, offload
         self.decay_parameters = decay
         self._engine, self._materializer, self._pending = engine, materializer, pending
-        self._history = History(zo)
+        self._history = History()
         self._make_header, self._header = header, None
         self._rewritten = self._closed = False
         self._modules = list(model.modules())

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from zo2.log import FLUSH, SKIPPED, LogRecord, UpdateLog
-
-if TYPE_CHECKING:
-    from zo2.config import ZOConfig
 
 __all__ = ["History"]
 
@@ -34,10 +30,9 @@ class History:
         skipped: Steps that had no effect so far.
     """
 
-    def __init__(self, zo: ZOConfig) -> None:
+    def __init__(self) -> None:
         self.log: UpdateLog | None = None
         self.skipped = 0
-        self._clip = zo.clip_g
         self._queue: deque[_Step] = deque()
         self._non_finite: int | None = None
 

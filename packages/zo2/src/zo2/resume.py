@@ -136,5 +136,7 @@ def adopt_log(saved: Path, path: Path) -> Path | None:
         return None
     kept = set_aside(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(saved, path)
+    part = path.with_name(f"{path.name}.part")
+    shutil.copyfile(saved, part)
+    part.replace(path)
     return kept
