@@ -12,7 +12,7 @@ from shared_kernels.versions import __version__
 COMMANDS = {
     "env": {"--json"},
     "doctor": {"--json"},
-    "bench": {"--out", "--only", "--device", "--json"},
+    "bench": {"--out", "--only", "--device", "--seconds", "--json"},
     "report": {"--results", "--check"},
 }
 

@@ -122,7 +122,7 @@ def _resident(device, tokens):
 
 def _streamed(device, multiple):
     from shared_kernels.offload import measure_bandwidth
-    from zo2 import OffloadConfig
+    from zo2 import OffloadConfig, plan
 
     layers, make = 8, shapes.opt
     rates = measure_bandwidth(device)
@@ -130,18 +130,21 @@ def _streamed(device, multiple):
     star = 2 * rates.gemm / (4 * rates.h2d)
     tokens = round(multiple * star / 2048) * 2048 or 2048
     inputs = shapes.batch(tokens, device=device)
-    on_gpu = OffloadConfig(gpu="120GiB", store="bf16x2", fold_every=8)
-    from_host = OffloadConfig(store="bf16x2", fold_every=8)
-    near, far = (
-        _engine(make(layers), "gaussian", on_gpu),
-        _engine(make(layers), "gaussian", from_host),
-    )
+    near = _engine(make(layers), "gaussian", OffloadConfig(gpu="120GiB", store="bf16x2"))
+    # Folding often moves more bytes, folding seldom replays more updates: zo2 plan weighs them.
+    every = plan(
+        near.model.config, tokens=tokens, batch_size=len(inputs["input_ids"]), store="bf16x2",
+        bandwidth=rates, dtype=torch.bfloat16, device=device,
+    ).best_fold_every  # fmt: skip
+    from_host = OffloadConfig(store="bf16x2", fold_every=every)
+    far = _engine(make(layers), "gaussian", from_host)
     size = sum(p.numel() for p in far.model.parameters())
     blocks = far.stats()["host_bytes"] // 4
-    # Attention adds 4 d T FLOPs per token and layer to each forward.
-    flops = 4 * size * tokens + 2 * layers * 4 * 5120 * 2048 * tokens
-    # The upper half of every weight goes up once; an eighth of the lower halves goes both ways.
-    up, down = blocks * 2 + blocks * 2 // 8, blocks * 4 // 8
+    # Causal attention adds 2 d L FLOPs per token and layer to each forward.
+    flops = 4 * size * tokens + 2 * layers * 2 * 5120 * 2048 * tokens
+    # The upper half of every weight goes up at every step; one in `every` blocks is folded, whose
+    # lower half goes up too and both come down.
+    up, down = blocks * 2 + blocks * 2 // every, blocks * 4 // every
     return Workload(
         name=f"streamed/{multiple:g} T*",
         params={
@@ -150,7 +153,7 @@ def _streamed(device, multiple):
             "tokens": tokens,
             "tokens_over_t_star": tokens / star,
             "store": "bf16x2",
-            "fold_every": 8,
+            "fold_every": every,
             "host_bytes": far.stats()["host_bytes"],
         },
         device=device,

@@ -143,6 +143,38 @@ def test_a_longer_fold_window_moves_fewer_bytes():
     assert every[8].t_d2h == pytest.approx(every[1].t_d2h / 8)
 
 
+@pytest.mark.parametrize("tokens", [64, 4096, 8192, 65536])
+def test_the_best_fold_window_has_the_shortest_step(tokens):
+    def plan(**kwargs):
+        return zo2.plan(
+            meta_opt(max_position_embeddings=tokens), tokens=tokens, bandwidth=RATES,
+            offload=OffloadConfig(**kwargs), device="cpu",
+        )  # fmt: skip
+
+    steps = {k: plan(store="bf16x2", fold_every=k).t_step for k in (1, 2, 4, 8, 16, 32, 64)}
+    found = plan(store="bf16x2")
+    assert steps[found.best_fold_every] == min(steps.values())
+    assert found.t_step == steps[8]
+    # Rounding depends on the window: it is left as chosen.
+    assert plan(store="bf16").best_fold_every == 8
+    assert plan(store="fp32").best_fold_every == 1
+    if tokens == 64:
+        assert found.best_fold_every > 8
+    if tokens == 65536:
+        assert found.best_fold_every == 1
+        text = "".join(value for _, value in found._rows())
+        assert "fold_every=1" in text
+
+
+def test_both_directions_share_the_link():
+    free = dict.fromkeys(("h2d", "d2h", "d2d", "gemm", "rng"), 1e30)
+    plan = zo2.plan(
+        meta_opt(), tokens=64, bandwidth={**free, "duplex": 90e9}, device="cpu",
+        offload=OffloadConfig(store="bf16", fold_every=1),
+    )  # fmt: skip
+    assert plan.t_step == pytest.approx(2 * plan.host_bytes / 90e9, rel=1e-3)
+
+
 def test_micro_batches_cut_activations_not_transfers():
     whole = zo2.plan(meta_opt(), tokens=4096, batch_size=8, bandwidth=RATES, store="bf16")
     parts = zo2.plan(

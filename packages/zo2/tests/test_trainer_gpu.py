@@ -19,13 +19,29 @@ ROWS = tiny_inputs("llama", batch=8)
 DATA = [{key: value[k] for key, value in ROWS.items()} for k in range(8)]
 
 
-def make(folder, cls=ZOTrainer, **kwargs):
+class Plain(torch.nn.Module):
+    """A language model that reads no value; transformers' own ask whether sequences are packed."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Embedding(256, 64)
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(64, 64) for _ in range(4)])
+
+    def forward(self, input_ids, labels):
+        hidden = self.embed(input_ids)
+        for layer in self.layers:
+            hidden = torch.tanh(layer(hidden))
+        logits = (hidden @ self.embed.weight.T).float()
+        return {"loss": torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())}
+
+
+def make(folder, cls=ZOTrainer, model=None, **kwargs):
     args = TrainingArguments(
         str(folder), max_steps=6, per_device_train_batch_size=4, learning_rate=1e-3,
         lr_scheduler_type="constant", report_to="none", disable_tqdm=True, logging_steps=6,
         save_strategy="steps", save_steps=4, **kwargs,
     )  # fmt: skip
-    return cls(tiny_model("llama"), args, zo=ZO, offload=STREAMED, train_dataset=DATA)
+    return cls(model or tiny_model("llama"), args, zo=ZO, offload=STREAMED, train_dataset=DATA)
 
 
 def batches_of(trainer):
@@ -59,6 +75,6 @@ def test_a_step_does_not_wait_for_the_gpu(tmp_path, bf16):
             finally:
                 torch.cuda.set_sync_debug_mode("default")
 
-    trainer = make(tmp_path, Strict, bf16=bf16)
+    trainer = make(tmp_path, Strict, Plain(), bf16=bf16)
     trainer.train()
     assert trainer.engine.global_step == 6

@@ -80,6 +80,7 @@ def bench(
     out: Path | None = None,
     only: str | None = None,
     device: Literal["cpu", "cuda"] | None = None,
+    seconds: float | None = None,
     as_json: Json = False,
 ) -> int:
     """Time the arms of benchmark files against each other and against this machine's limits.
@@ -89,11 +90,12 @@ def bench(
         out: Folder for the result files.
         only: Name of one benchmark function, or a pattern for names of workloads.
         device: Where to run; the GPU if there is one.
+        seconds: Time budget of a workload; 60 by default.
         as_json: Print JSON instead of tables.
     """
     from shared_kernels.bench.runner import run_files
 
-    return run_files(files, out, only=only, device=device, as_json=as_json)
+    return run_files(files, out, only=only, device=device, seconds=seconds, as_json=as_json)
 
 
 @app.command

@@ -160,6 +160,11 @@ def test_exit_codes(good, bad, tmp_path, monkeypatch, capsys):
         main([])
 
 
+def test_a_time_budget_is_part_of_the_command(good):
+    command = run_file(good, plan=Plan(min_rounds=3, max_seconds=7.5))["provenance"]["command"]
+    assert command.endswith("good.py --seconds 7.5")
+
+
 def test_the_command_writes_a_file_and_prints_json(good, tmp_path):
     out = tmp_path / "results"
     command = [sys.executable, "-m", "shared_kernels.bench", str(good)]

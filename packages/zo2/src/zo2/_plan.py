@@ -64,6 +64,9 @@ class Plan:
         memlock: Bytes that may be page-locked, None where there is no limit.
         store: Codec by compute dtype.
         fold_every: Steps between write-backs of a block.
+        best_fold_every: The window with the shortest predicted step at these tokens. A step's
+            losses depend on it by roundings, so the engine never changes it by itself: give it
+            to `OffloadConfig`. Equal to ``fold_every`` where folding rounds, or moves nothing.
         n_blocks: Blocks.
         n_resident_blocks: Blocks that stay on the GPU.
         n_parameters: Parameters in all.
@@ -92,6 +95,7 @@ class Plan:
     memlock: int | None
     store: dict[str, str]
     fold_every: int
+    best_fold_every: int
     n_blocks: int
     n_resident_blocks: int
     n_parameters: int
@@ -163,7 +167,12 @@ class Plan:
             (
                 "store",
                 ", ".join(f"{d} as {s}" for d, s in self.store.items())
-                + f", folded every {self.fold_every} steps",
+                + f", folded every {self.fold_every} steps"
+                + (
+                    f" (faster here: fold_every={self.best_fold_every})"
+                    if self.best_fold_every != self.fold_every
+                    else ""
+                ),
             ),
             *((f"instead: {name}", f"{size(n)} of GPU") for name, n in self.first_order.items()),
         ]
@@ -222,7 +231,10 @@ def plan(
     probes = 2 * zo.q * parts
     length = tokens // batch_size
     trace, how = _trace(model, placement, micro, length)
-    times = _times(placement, trace, zo, probes, bandwidth, micro * length)
+
+    def times(every: int) -> dict[str, Any]:
+        return _times(placement, trace, zo, probes, bandwidth, micro * length, every)
+
     limits = memory_limits()
     buffers = sum(b.nbytes for b in model.buffers())
     activations = trace.peak(probes) + 16 * tokens
@@ -231,7 +243,7 @@ def plan(
     layouts = placement.layouts
     n_parameters = sum(p.numel for layout in layouts for p in layout.unit.params)
     return Plan(
-        **times,
+        **times(placement.fold_every),
         tokens=micro * length,
         gpu_bytes=static + activations + workspace,
         static_bytes=static,
@@ -248,6 +260,7 @@ def plan(
             for run in layout.runs
         },
         fold_every=placement.fold_every,
+        best_fold_every=min(_windows(placement), key=lambda k: times(k)["t_step"]),
         n_blocks=len(placement.plan.blocks),
         n_resident_blocks=len(placement.on_device) - 1,
         n_parameters=n_parameters,
@@ -260,6 +273,14 @@ def plan(
 
 def _streamed(placement: Placement) -> list[int]:
     return [k for k in range(len(placement.layouts)) if k not in placement.on_device]
+
+
+def _windows(placement: Placement) -> list[int]:
+    """Fold windows to choose from, the one in force first: equals keep it."""
+    runs = [run for k in _streamed(placement) for run in placement.layouts[k].runs]
+    if any(run.codec.has_lo for run in runs) and all(run.codec.exact for run in runs):
+        return [placement.fold_every, *(1 << k for k in range(7))]
+    return [placement.fold_every]
 
 
 def _meta_model(what: Any, dtype: torch.dtype | str) -> nn.Module:
@@ -314,8 +335,9 @@ def _times(
     probes: int,
     rates: Bandwidth,
     tokens: int,
+    every: int,
 ) -> dict[str, Any]:
-    layouts, every = placement.layouts, placement.fold_every
+    layouts = placement.layouts
     streamed = _streamed(placement)
     sizes = [sum(p.numel for p in layout.unit.params) for layout in layouts]
     drawn = [sum(run.numel for run in layout.runs) for layout in layouts]
@@ -340,7 +362,10 @@ def _times(
     share = sizes[largest] / max(1, sum(sizes))
     compute = matmul + sum(passes(k) for k in range(len(layouts)))
     uploads, downloads = sum(map(up, streamed)), sum(map(down, streamed))
-    t_step = max(compute, uploads, downloads)
+    # Only what goes both ways at once shares the link.
+    common = 2 * min(uploads * rates.h2d, downloads * rates.d2h)
+    alone = max(0.0, uploads - downloads * rates.d2h / rates.h2d)
+    t_step = max(compute, uploads, downloads, common / rates.duplex + alone)
     regime = "resident" if not streamed else "compute" if compute >= t_step else "transfer"
     flops_per_token = trace.flops * share / tokens
     waiting = up(largest) - passes(largest)

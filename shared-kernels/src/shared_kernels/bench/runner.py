@@ -84,6 +84,8 @@ def run_file(
         )
     root = checkout_root(path)
     arguments = [str(path), *(["--only", only] if only else [])]
+    if plan is not None and plan.max_seconds != timing.Plan.max_seconds:
+        arguments += ["--seconds", f"{plan.max_seconds:g}"]
     result: report.Result = {
         "schema": report.SCHEMA,
         "schema_version": report.SCHEMA_VERSION,
