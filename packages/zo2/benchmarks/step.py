@@ -122,7 +122,7 @@ def _resident(device, tokens):
 
 def _streamed(device, multiple):
     from shared_kernels.offload import measure_bandwidth
-    from zo2 import OffloadConfig, plan
+    from zo2 import OffloadConfig, ZOConfig, plan
 
     layers, make = 8, shapes.opt
     rates = measure_bandwidth(device)
@@ -131,20 +131,31 @@ def _streamed(device, multiple):
     tokens = round(multiple * star / 2048) * 2048 or 2048
     inputs = shapes.batch(tokens, device=device)
     near = _engine(make(layers), "gaussian", OffloadConfig(gpu="120GiB", store="bf16x2"))
-    # Folding often moves more bytes, folding seldom replays more updates: zo2 plan weighs them.
-    every = plan(
-        near.model.config, tokens=tokens, batch_size=len(inputs["input_ids"]), store="bf16x2",
-        bandwidth=rates, dtype=torch.bfloat16, device=device,
-    ).best_fold_every  # fmt: skip
-    from_host = OffloadConfig(store="bf16x2", fold_every=every)
-    far = _engine(make(layers), "gaussian", from_host)
-    size = sum(p.numel() for p in far.model.parameters())
-    blocks = far.stats()["host_bytes"] // 4
+    size = sum(p.numel() for p in near.model.parameters())
     # Causal attention adds 2 d L FLOPs per token and layer to each forward.
     flops = 4 * size * tokens + 2 * layers * 2 * 5120 * 2048 * tokens
-    # The upper half of every weight goes up at every step; one in `every` blocks is folded, whose
-    # lower half goes up too and both come down.
-    up, down = blocks * 2 + blocks * 2 // every, blocks * 4 // every
+    arms, windows = [], {}
+    for dist in ("gaussian", "rademacher"):
+        # Folding often moves more bytes, folding seldom replays more updates: the plan weighs them.
+        every = windows[dist] = plan(
+            near.model.config, tokens=tokens, batch_size=len(inputs["input_ids"]), store="bf16x2",
+            zo=ZOConfig(dist=dist), dtype=torch.bfloat16, device=device,
+        ).best_fold_every  # fmt: skip
+        from_host = OffloadConfig(store="bf16x2", fold_every=every)
+        far = _engine(make(layers), dist, from_host)
+        # The upper half of every weight goes up at every step; one in `every` blocks is folded:
+        # its lower half goes up too, and both come down.
+        weights = far.stats()["host_bytes"] // 4
+        arms.append(
+            Arm(
+                name=f"streamed {dist}",
+                fn=_steps(far, inputs, 4),
+                flops=4 * flops,
+                flops_dtype="bf16",
+                h2d_bytes=4 * (weights * 2 + weights * 2 // every),
+                d2h_bytes=4 * (weights * 4 // every),
+            )
+        )
     return Workload(
         name=f"streamed/{multiple:g} T*",
         params={
@@ -153,7 +164,7 @@ def _streamed(device, multiple):
             "tokens": tokens,
             "tokens_over_t_star": tokens / star,
             "store": "bf16x2",
-            "fold_every": every,
+            "fold_every": windows,
             "host_bytes": far.stats()["host_bytes"],
         },
         device=device,
@@ -162,14 +173,7 @@ def _streamed(device, multiple):
         check=_gate(make, shapes.batch(128, device=device), "gaussian", from_host, device),
         arms=[
             Arm(name="resident", fn=_steps(near, inputs, 4), flops=4 * flops, flops_dtype="bf16"),
-            Arm(
-                name="streamed",
-                fn=_steps(far, inputs, 4),
-                flops=4 * flops,
-                flops_dtype="bf16",
-                h2d_bytes=4 * up,
-                d2h_bytes=4 * down,
-            ),
+            *arms,
         ],
     )
 

@@ -176,6 +176,29 @@ def test_part_of_the_blocks_may_stay_on_the_device():
 # -- reading ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("store", "fold_every"), [("fp32", 4), ("bf16x2", 1)])
+def test_embeddings_and_head_may_be_streamed_too(store, fold_every):
+    dtype = torch.float32 if store == "fp32" else torch.bfloat16
+
+    def make():
+        return tiny_model("llama", dtype=dtype, tie_word_embeddings=False)
+
+    parts = (r"model\.layers\.\d+", r"model\.embed_tokens", "lm_head")
+    inputs, zo = tiny_inputs("llama"), ZOConfig(seed=2, weight_decay=0.1, q=2)
+    blocks, everything = (
+        run(
+            make(), inputs, zo, OffloadConfig(store=store, fold_every=fold_every, blocks=b), steps=6
+        )
+        for b in (None, parts)
+    )
+    assert_same(blocks, everything)
+    engine = everything[2]
+    assert set(engine._engine.visits.values()) == {6}
+    # Of the resident unit, kept once and copied twice for each direction, the last norm is left.
+    for kind in ("resident_bytes", "compute_bytes"):
+        assert engine.stats()[kind] < blocks[2].stats()[kind] / 1.5
+
+
 @pytest.mark.parametrize("offload", [None, STREAMED], ids=["resident", "streamed"])
 def test_evaluation_sees_the_last_update(offload):
     model, twin, inputs = tiny_model("llama"), tiny_model("llama"), tiny_inputs("llama")

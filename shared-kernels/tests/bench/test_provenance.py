@@ -51,9 +51,10 @@ def test_commit_from_the_environment_without_git(repository, monkeypatch):
     assert commit_of(repository) == ("abc123", False)
 
 
-def test_a_repository_speaks_before_the_environment(repository, monkeypatch):
+def test_the_environment_speaks_before_a_repository(repository, monkeypatch):
+    (repository / "file").write_text("changed")
     monkeypatch.setenv("TENFOLD_COMMIT", "abc123")
-    assert commit_of(repository)[0] != "abc123"
+    assert commit_of(repository) == ("abc123", False)
 
 
 def test_what_a_run_says_about_itself(monkeypatch):

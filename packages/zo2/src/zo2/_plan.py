@@ -223,7 +223,7 @@ def plan(
     model = _meta_model(config_or_model, dtype)
     placement = place(model, zo, offload, device)
     if bandwidth == "measure":
-        bandwidth = measure_bandwidth(device)
+        bandwidth = measure_bandwidth(device, dist=zo.dist)
     elif isinstance(bandwidth, dict):
         bandwidth = Bandwidth(**bandwidth)
     micro = min(zo.micro_batch_size or batch_size, batch_size)

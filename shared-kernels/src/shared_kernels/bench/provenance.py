@@ -57,17 +57,17 @@ def describe_run(command: str, root: Path | None = None) -> dict[str, object]:
 def commit_of(folder: Path) -> tuple[str | None, bool | None]:
     """Return the commit checked out at ``folder`` and whether tracked files differ from it.
 
-    Where git or its repository is missing, ``TENFOLD_COMMIT`` speaks: a hash, with ``-dirty``
-    behind it if the tree was changed. ``(None, None)`` if that is not set either.
+    ``TENFOLD_COMMIT`` speaks for a copy of a checkout, which has no repository or that of another
+    commit: a hash, with ``-dirty`` behind it if the tree was changed. ``(None, None)`` if neither
+    says anything.
     """
+    if given := os.environ.get("TENFOLD_COMMIT", ""):
+        return given.removesuffix("-dirty"), given.endswith("-dirty")
     head = _run("git", "-C", str(folder), "rev-parse", "HEAD")
-    if head:
-        changes = _run("git", "-C", str(folder), "status", "--porcelain", "--untracked-files=no")
-        return head, bool(changes)
-    given = os.environ.get("TENFOLD_COMMIT", "")
-    if not given:
+    if not head:
         return None, None
-    return given.removesuffix("-dirty"), given.endswith("-dirty")
+    changes = _run("git", "-C", str(folder), "status", "--porcelain", "--untracked-files=no")
+    return head, bool(changes)
 
 
 def versions() -> dict[str, str | None]:

@@ -27,7 +27,7 @@ class Bandwidth:
         duplex: Sum of both directions at once.
         d2d: Device copy, bytes read plus bytes written.
         gemm: Matrix products in the compute dtype.
-        rng: Gaussian draws.
+        rng: Draws of noise.
     """
 
     h2d: float
@@ -63,14 +63,16 @@ def measure_bandwidth(
     device: torch.device | str | None = None,
     *,
     dtype: torch.dtype = torch.bfloat16,
+    dist: str = "gaussian",
     nbytes: int | None = None,
     repeats: int = 7,
 ) -> Bandwidth:
-    """Measure copies, matrix products and Gaussian draws; about a second on a GPU.
+    """Measure copies, matrix products and draws of noise; about a second on a GPU.
 
     Args:
         device: Default: CUDA if there, else the CPU (where "host to device" is a memory copy).
         dtype: Dtype of the matrix products.
+        dist: Distribution of the draws.
         nbytes: Size of the copies; default 512 MiB on CUDA, 64 MiB on a CPU.
         repeats: Timings per rate; the median counts.
     """
@@ -110,7 +112,9 @@ def measure_bandwidth(
         duplex=_rate(2 * nbytes, both, device, repeats),
         d2d=_rate(2 * nbytes, lambda: other.copy_(near), device, repeats),
         gemm=_rate(2.0 * size**3, lambda: left @ right, device, repeats),
-        rng=_rate(draws, lambda: noise(draws, seed=1, uid=1, device=device), device, repeats),
+        rng=_rate(
+            draws, lambda: noise(draws, seed=1, uid=1, dist=dist, device=device), device, repeats
+        ),
     )
     host.close()
     back.close()
