@@ -25,8 +25,9 @@ READMES = [
     ROOT / "README.md",
     *sorted(
         path
-        for path in ROOT.glob("**/README.md")
-        if path.parent != ROOT and not {".venv", "node_modules"} & set(path.parts)
+        for path in ROOT.glob("*/**/README.md")
+        # .venv and other folders that are nobody's reading
+        if not any(part.startswith(".") for part in path.relative_to(ROOT).parts)
     ),
 ]
 FENCE = re.compile(
