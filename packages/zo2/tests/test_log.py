@@ -318,8 +318,11 @@ def test_kill_9_of_a_writer_loses_nothing_it_wrote(tmp_path):
     path = write(tmp_path / "a.zolog", 0)
     last = 0
     for _ in range(3):
+        before = path.stat().st_size
         child = start_writer(path)
         time.sleep(0.15)
+        while path.stat().st_size == before and child.poll() is None:
+            time.sleep(0.01)
         os.kill(child.pid, signal.SIGKILL)
         child.wait()
         with UpdateLog.open(path, "a") as log:
