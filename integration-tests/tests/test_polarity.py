@@ -102,3 +102,15 @@ def test_options_of_several_tokens_are_refused():
     tokenizer = AutoTokenizer.from_pretrained(smollm2())
     with pytest.raises(ValueError, match=r"one token.*extraordinarily good"):
         polarity.Classifier(tokenizer, options=(" bad", " extraordinarily good"))
+
+
+def test_ranking_is_the_area_under_the_curve_and_knows_no_threshold(data):
+    import torch
+
+    dev = data.dev[:6]  # labels alternate, negative first
+    assert polarity.ranking(torch.tensor([0.0, 1, 0, 1, 0, 1]), dev) == 1.0
+    assert polarity.ranking(torch.zeros(6), dev) == 0.5
+    margins = torch.tensor([0.3, 0.1, -0.2, 0.3, 0.0, 2.0])
+    # Pairs: 0.1 beats two of three, 0.3 beats two and ties with one, 2.0 beats three.
+    assert polarity.ranking(margins, dev) == pytest.approx(7.5 / 9)
+    assert polarity.ranking(margins + 10, dev) == pytest.approx(7.5 / 9)

@@ -192,3 +192,20 @@ def accuracy(margins: Tensor, examples: Sequence[Example], *, threshold: float =
 
     labels = torch.tensor([example.label for example in examples])
     return float(((margins > threshold).long() == labels).double().mean())
+
+
+def ranking(margins: Tensor, examples: Sequence[Example]) -> float:
+    """Return how often a positive word is preferred to a negative one; ties count half.
+
+    This is the area under the ROC curve: no threshold takes part in it, so a model's constant
+    preference for one answer neither helps nor harms.
+
+    Args:
+        margins: Preference for the positive option, (examples,).
+        examples: The examples in the same order.
+    """
+    import torch
+
+    labels = torch.tensor([example.label for example in examples], dtype=torch.bool)
+    gaps = margins[labels][:, None] - margins[~labels][None, :]
+    return float(((gaps > 0).double() + 0.5 * (gaps == 0)).mean())
