@@ -130,4 +130,6 @@ def test_importing_the_families_does_not_import_triton_or_numba():
         capture_output=True,
         text=True,
     )
-    assert "imported {'numba'}" in spoiled.stderr
+    # numba itself imports scipy where that is installed
+    assert spoiled.stderr.startswith("imported {")
+    assert "'numba'" in spoiled.stderr

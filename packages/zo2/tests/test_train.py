@@ -201,7 +201,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(folder, tmp_path, capsys, m
     from shared_kernels.offload import Bandwidth
 
     rates = {"h2d": 5e10, "d2h": 5e10, "duplex": 9e10, "d2d": 4e12, "gemm": 6e14, "rng": 6e11}
-    monkeypatch.setattr("zo2._plan.measure_bandwidth", lambda device: Bandwidth(**rates))
+    monkeypatch.setattr("zo2._plan.measure_bandwidth", lambda device, dist: Bandwidth(**rates))
     args = options(folder, tmp_path / "out")
     status, out, _ = run(capsys, *args, "--dry-run", "--json")
     found = json.loads(out)
