@@ -27,6 +27,7 @@ def check_tensor(
     dtypes: Sequence[torch.dtype],
     shape: Sequence[int | None],
     device: torch.device | None = None,
+    strided: bool = False,
 ) -> None:
     """Check dtype, shape, device and contiguity of a tensor argument.
 
@@ -36,6 +37,7 @@ def check_tensor(
         dtypes: Accepted dtypes.
         shape: Required shape; ``None`` accepts any size in that dimension.
         device: Required device, if any.
+        strided: Accept a tensor that is not contiguous.
 
     Raises:
         TypeError: Not a tensor, or of another dtype.
@@ -54,7 +56,7 @@ def check_tensor(
         raise ValueError(message(name, f"shape {wanted}", tensor, "reshape it or pad it"))
     if device is not None and tensor.device != device:
         raise ValueError(message(name, f"device {device}", tensor, f"move it with .to('{device}')"))
-    if not tensor.is_contiguous():
+    if not strided and not tensor.is_contiguous():
         raise ValueError(message(name, "a contiguous tensor", tensor, "call .contiguous()"))
     if tensor.requires_grad:
         raise ValueError(

@@ -1,0 +1,73 @@
+"""Registration of the segment operations."""
+
+from typing import Any
+
+from torch import Tensor
+
+from shared_kernels._library import declare
+from shared_kernels.ops.dp import reference
+
+
+def _per_unit(g: Tensor, cu_seqlens: Tensor, *shape: int) -> Tensor:
+    """Return an unwritten result with one entry, or row, per unit."""
+    dtype = reference.accumulate_dtype(g.dtype)
+    return g.new_empty((cu_seqlens.shape[0] - 1, *shape), dtype=dtype)
+
+
+def _fake_pair(a: Tensor, g: Tensor, cu_seqlens: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return _per_unit(g, cu_seqlens), _per_unit(g, cu_seqlens)
+
+
+def _fake_norms(a: Tensor, g: Tensor, cu_seqlens: Tensor, *args: Any) -> Tensor:
+    return _per_unit(g, cu_seqlens)
+
+
+def _fake_sums(x: Tensor, g: Tensor | None, cu_seqlens: Tensor) -> Tensor:
+    return _per_unit(x, cu_seqlens, x.shape[1])
+
+
+def _fake_nothing(*args: Any) -> None:
+    return None
+
+
+gram_norm = declare(
+    "segment_gram_norm(Tensor a, Tensor g, Tensor cu_seqlens, bool bias, SymInt? max_seqlen)"
+    " -> (Tensor, Tensor)",
+    implementations={"reference": reference.gram_norm},
+    fake=_fake_pair,
+)
+token_gram_norm = declare(
+    "segment_token_gram_norm(Tensor tokens, Tensor g, Tensor cu_seqlens, SymInt? padding_idx,"
+    " SymInt? max_seqlen) -> (Tensor, Tensor)",
+    implementations={"reference": reference.token_gram_norm},
+    fake=_fake_pair,
+)
+mm_norm = declare(
+    "segment_mm_norm(Tensor a, Tensor g, Tensor cu_seqlens, bool bias) -> Tensor",
+    implementations={"reference": reference.mm_norm},
+    fake=_fake_norms,
+)
+scaled_mm_ = declare(
+    "segment_scaled_mm_(Tensor a, Tensor g, Tensor cu_seqlens, Tensor scale, Tensor(a!) out,"
+    " Tensor(b!)? bias_out) -> ()",
+    implementations={"reference": reference.scaled_mm},
+    fake=_fake_nothing,
+)
+mm_clip_ = declare(
+    "segment_mm_clip_(Tensor a, Tensor g, Tensor cu_seqlens, Tensor threshold, Tensor(a!) out,"
+    " Tensor(b!)? bias_out, str clipping, float stability, SymInt? chunk, SymInt? max_seqlen,"
+    " bool equal) -> Tensor",
+    implementations={"reference": reference.mm_clip},
+    fake=_fake_norms,
+)
+sums = declare(
+    "segment_sums(Tensor x, Tensor? g, Tensor cu_seqlens) -> Tensor",
+    implementations={"reference": reference.sums},
+    fake=_fake_sums,
+)
+embedding_accumulate_ = declare(
+    "embedding_accumulate_(Tensor tokens, Tensor g, Tensor cu_seqlens, Tensor scale,"
+    " Tensor(a!) out, SymInt? padding_idx) -> ()",
+    implementations={"reference": reference.embedding_accumulate},
+    fake=_fake_nothing,
+)

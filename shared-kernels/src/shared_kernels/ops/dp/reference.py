@@ -1,0 +1,285 @@
+"""The definition of the segment operations in plain torch.
+
+Rows of flat matrices belong to privacy units: unit i holds the rows ``cu_seqlens[i]`` up to
+``cu_seqlens[i + 1]``. With its inputs A_i (T_i, d) and output gradients G_i (T_i, p), the gradient
+of a linear layer's weight is ``M_i = G_i^T A_i`` and that of its bias ``b_i = sum_t G_i[t]``::
+
+    n2_i = |M_i|^2 (+ |b_i|^2) = sum_{t,s} (<a_t, a_s> (+ 1)) <g_t, g_s>
+    S    = sum_i c_i M_i,    c_i = min(1, C / n_i)
+
+Sources: the Gram form of the norm, Goodfellow (arXiv 1510.01799) and Li et al. (ICLR 2022, "ghost
+clipping"); one pass per layer, FlashDP (arXiv 2507.01154); the automatic factor, Bu et al. (NeurIPS
+2023). Everything is accumulated in float32, or in float64 for float64 inputs.
+"""
+
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+#: Elements of a temporary; about what the second-level caches of two cores hold.
+_CHUNK = 1 << 20
+#: Rows of a block of the Gram matrix.
+_GRAM_ROWS = 256
+#: Rows that are widened at a time for a product over all rows.
+_PRODUCT_ROWS = 8192
+#: What a factor is multiplied by, so that rounding does not take a clipped norm over the threshold.
+SHRINK = 1 - 2.0**-16
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return float64 for float64 and float32 for every other dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@contextmanager
+def ieee_matmul() -> Generator[None]:
+    """Multiply float32 matrices in float32, whatever the process allows otherwise."""
+    mkldnn: Any = torch.backends.mkldnn  # its stubs know no matmul
+    backends = (torch.backends.cuda.matmul, mkldnn.matmul)
+    saved = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in zip(backends, saved, strict=True):
+            backend.fp32_precision = precision
+
+
+class Batch(NamedTuple):
+    """Consecutive units of one length.
+
+    Attributes:
+        units: Which units.
+        rows: Their rows.
+        count: How many units.
+    """
+
+    units: slice
+    rows: slice
+    count: int
+
+    def of(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the rows of these units as ``(count, length, ...)`` in ``dtype``."""
+        length = (self.rows.stop - self.rows.start) // self.count
+        return x[self.rows].unflatten(0, (self.count, length)).to(dtype)
+
+
+def unit_bounds(cu_seqlens: Tensor, rows: int) -> list[int]:
+    """Return the boundaries of the units, checked.
+
+    Raises:
+        ValueError: They do not begin at 0, end at ``rows`` or decrease.
+    """
+    bounds = cu_seqlens.tolist()
+    ordered = all(low <= high for low, high in pairwise(bounds))
+    if bounds[0] != 0 or bounds[-1] != rows or not ordered:
+        raise ValueError(
+            f"cu_seqlens: expected 0 first, the number of rows ({rows}) last and no decrease "
+            f"between, got {bounds if len(bounds) < 12 else [*bounds[:5], '...', *bounds[-5:]]}; "
+            "pass the running sum of the lengths"
+        )
+    return bounds
+
+
+def batches(cu_seqlens: Tensor, rows: int, elements_per_unit: int | None = None) -> Iterator[Batch]:
+    """Yield the units that have rows, consecutive ones of equal length together.
+
+    Args:
+        cu_seqlens: int32 ``(U + 1,)``.
+        rows: Number of rows.
+        elements_per_unit: What a unit adds to a temporary, to bound it; None means its length
+            squared, or as much of it as `_GRAM_ROWS` rows.
+    """
+    bounds = unit_bounds(cu_seqlens, rows)
+    first = 0
+    while first < len(bounds) - 1:
+        length = bounds[first + 1] - bounds[first]
+        if length == 0:
+            first += 1
+            continue
+        size = elements_per_unit or length * min(length, _GRAM_ROWS)
+        limit = min(len(bounds) - 1, first + max(1, _CHUNK // size))
+        last = first + 1
+        while last < limit and bounds[last + 1] - bounds[last] == length:
+            last += 1
+        yield Batch(slice(first, last), slice(bounds[first], bounds[last]), last - first)
+        first = last
+
+
+def gram_norm(
+    a: Tensor, g: Tensor, cu_seqlens: Tensor, bias: bool, max_seqlen: int | None
+) -> tuple[Tensor, Tensor]:
+    """Sum ``(<a_t, a_s> + bias) <g_t, g_s>`` and its absolute value over pairs of a unit's rows.
+
+    The lower triangle counts twice.
+    """
+    dtype = accumulate_dtype(g.dtype)
+    n2, absolute = g.new_zeros(2, cu_seqlens.shape[0] - 1, dtype=dtype).unbind()
+    with ieee_matmul():
+        for batch in batches(cu_seqlens, g.shape[0]):
+            x, y = batch.of(a, dtype), batch.of(g, dtype)
+            for low in range(0, x.shape[1], _GRAM_ROWS):
+                high = low + _GRAM_ROWS
+                gram = x[:, low:high] @ x[:, :high].mT
+                if bias:
+                    gram += 1
+                gram *= y[:, low:high] @ y[:, :high].mT
+                _add_triangle(gram, low, n2[batch.units], absolute[batch.units])
+    return n2, absolute
+
+
+def _add_triangle(gram: Tensor, low: int, n2: Tensor, absolute: Tensor) -> None:
+    """Add block row ``low`` of the lower triangle, its part left of the diagonal block twice."""
+    for total in (n2, absolute):
+        if total is absolute:
+            gram.abs_()
+        total += gram[..., low:].sum((1, 2))
+        if low:
+            total += 2 * gram[..., :low].sum((1, 2))
+
+
+def token_gram_norm(
+    tokens: Tensor,
+    g: Tensor,
+    cu_seqlens: Tensor,
+    padding_idx: int | None,
+    max_seqlen: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Sum ``<g_t, g_s>`` and its absolute value over pairs of rows that hold the same token."""
+    dtype = accumulate_dtype(g.dtype)
+    n2, absolute = g.new_zeros(2, cu_seqlens.shape[0] - 1, dtype=dtype).unbind()
+    with ieee_matmul():
+        for batch in batches(cu_seqlens, g.shape[0]):
+            x, y = batch.of(tokens, tokens.dtype), batch.of(g, dtype)
+            for low in range(0, x.shape[1], _GRAM_ROWS):
+                high = low + _GRAM_ROWS
+                same = x[:, low:high, None] == x[:, None, :high]
+                if padding_idx is not None:
+                    same &= (x[:, low:high] != padding_idx)[..., None]
+                gram = (y[:, low:high] @ y[:, :high].mT).masked_fill_(~same, 0.0)
+                _add_triangle(gram, low, n2[batch.units], absolute[batch.units])
+    return n2, absolute
+
+
+def mm_norm(a: Tensor, g: Tensor, cu_seqlens: Tensor, bias: bool) -> Tensor:
+    """Return ``|G_i^T A_i|^2 (+ |b_i|^2)``, forming a block of rows of the product at a time."""
+    dtype = accumulate_dtype(g.dtype)
+    n2 = g.new_zeros(cu_seqlens.shape[0] - 1, dtype=dtype)
+    (_, d), (rows, p) = a.shape, g.shape
+    step = max(1, min(p, _CHUNK // max(d, 1)))
+    with ieee_matmul():
+        for batch in batches(cu_seqlens, rows, max(1, p * d)):
+            x, y = batch.of(a, dtype), batch.of(g, dtype)
+            for low in range(0, p, step):
+                n2[batch.units] += (y[..., low : low + step].mT @ x).square_().sum((1, 2))
+            if bias:
+                n2[batch.units] += y.sum(1).square_().sum(1)
+    return n2
+
+
+def scaled_mm(
+    a: Tensor, g: Tensor, cu_seqlens: Tensor, scale: Tensor, out: Tensor, bias_out: Tensor | None
+) -> None:
+    """Add ``sum_i c_i G_i^T A_i`` to ``out`` and ``sum_i c_i b_i`` to ``bias_out``.
+
+    Rows of units whose scale is 0 are left out; the others are scaled after widening.
+    """
+    row_scale, kept = _row_scale(scale, cu_seqlens, g.shape[0])
+    if kept is not None:
+        a, g, row_scale = a[kept], g[kept], row_scale[kept]
+    with ieee_matmul():
+        for low in range(0, g.shape[0], _PRODUCT_ROWS):
+            rows = slice(low, low + _PRODUCT_ROWS)
+            scaled = g[rows].to(out.dtype) * row_scale[rows, None]
+            out.addmm_(scaled.T, a[rows].to(out.dtype))
+            if bias_out is not None:
+                bias_out += scaled.sum(0)
+
+
+def _row_scale(scale: Tensor, cu_seqlens: Tensor, rows: int) -> tuple[Tensor, Tensor | None]:
+    """Return each row's scale, and which rows have one that is not 0 (None: all)."""
+    unit_bounds(cu_seqlens, rows)
+    row_scale = scale.repeat_interleave(cu_seqlens.diff(), output_size=rows)
+    kept = row_scale != 0
+    return row_scale, None if bool(kept.all()) else kept
+
+
+def clip_factors(n2: Tensor, threshold: Tensor, clipping: str, stability: float) -> Tensor:
+    """Return the factors of `shared_kernels.ops.dp.clip_factors`, checked by the caller."""
+    norm = n2.sqrt()
+    if clipping == "abadi":
+        factor = (threshold / norm).clamp(max=1)
+    else:
+        factor = threshold / (norm + stability)
+    factor = factor * torch.where(threshold.isinf(), 1.0, SHRINK).to(factor.dtype)
+    # the root of an infinite or negative n2 gives 0 or NaN here
+    return torch.where(n2.isfinite() & factor.isfinite(), factor, 0.0)
+
+
+def mm_clip(
+    a: Tensor,
+    g: Tensor,
+    cu_seqlens: Tensor,
+    threshold: Tensor,
+    out: Tensor,
+    bias_out: Tensor | None,
+    clipping: str,
+    stability: float,
+    chunk: int | None,
+    max_seqlen: int | None,
+    equal: bool,
+) -> Tensor:
+    """Form each unit's product, take its norm and factor, and add it: one unit at a time."""
+    n2 = g.new_zeros(cu_seqlens.shape[0] - 1, dtype=out.dtype)
+    bounds = unit_bounds(cu_seqlens, g.shape[0])
+    product = torch.empty_like(out, memory_format=torch.contiguous_format)
+    with ieee_matmul():
+        for unit, (low, high) in enumerate(pairwise(bounds)):
+            if low == high:
+                continue
+            y = g[low:high].to(out.dtype)
+            torch.mm(y.T, a[low:high].to(out.dtype), out=product)
+            total = product.square().sum()
+            bias = None if bias_out is None else y.sum(0)
+            if bias is not None:
+                total += bias.square().sum()
+            n2[unit] = total
+            factor = float(clip_factors(total, threshold, clipping, stability))
+            if factor != 0:
+                out.add_(product, alpha=factor)
+                if bias_out is not None and bias is not None:
+                    bias_out.add_(bias, alpha=factor)
+    return n2
+
+
+def sums(x: Tensor, g: Tensor | None, cu_seqlens: Tensor) -> Tensor:
+    """Return each unit's sum of ``x``, or of ``x * g``, over its rows."""
+    dtype = accumulate_dtype(x.dtype)
+    out = x.new_zeros(cu_seqlens.shape[0] - 1, x.shape[1], dtype=dtype)
+    for batch in batches(cu_seqlens, x.shape[0]):
+        rows = batch.of(x, dtype)
+        out[batch.units] = (rows if g is None else rows * batch.of(g, dtype)).sum(1)
+    return out
+
+
+def embedding_accumulate(
+    tokens: Tensor,
+    g: Tensor,
+    cu_seqlens: Tensor,
+    scale: Tensor,
+    out: Tensor,
+    padding_idx: int | None,
+) -> None:
+    """Add each row, times its unit's scale, to the row of ``out`` that its token names."""
+    row_scale, kept = _row_scale(scale, cu_seqlens, g.shape[0])
+    if padding_idx is not None:
+        real = tokens != padding_idx
+        kept = real if kept is None else kept & real
+    if kept is not None:
+        tokens, g, row_scale = tokens[kept], g[kept], row_scale[kept]
+    out.index_add_(0, tokens, g.to(out.dtype) * row_scale[:, None])
