@@ -5,3 +5,5 @@ from .accounting import UnattainableError as UnattainableError
 from .accounting import adaptive_split as adaptive_split
 from .accounting import calibrate as calibrate
 from .config import PrivacyArguments as PrivacyArguments
+from .sampling import PoissonSampler as PoissonSampler
+from .sampling import physical_batches as physical_batches

@@ -12,6 +12,7 @@ import typing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from flashdp._checks import check_fraction, check_rate, check_real, check_whole
 from flashdp.config import AccountantKind
 
 if TYPE_CHECKING:
@@ -54,13 +55,10 @@ class Mechanism:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        _real("Mechanism.noise_multiplier", self.noise_multiplier, "at least 0", lambda v: v >= 0)
-        _real(
-            "Mechanism.sample_rate",
-            self.sample_rate,
-            "above 0 and at most 1",
-            lambda v: 0 < v <= 1,
+        check_real(
+            "Mechanism.noise_multiplier", self.noise_multiplier, "at least 0", lambda v: v >= 0
         )
+        check_rate("Mechanism.sample_rate", self.sample_rate)
         options = typing.get_args(Sampling)
         if self.sampling not in options:
             raise ValueError(
@@ -70,7 +68,7 @@ class Mechanism:
         for name in ("dataset_size", "truncated_batch_size"):
             value = getattr(self, name)
             if self.sampling == "truncated":
-                _whole(f"Mechanism.{name}", value)
+                check_whole(f"Mechanism.{name}", value)
             elif value is not None:
                 raise ValueError(
                     f"Mechanism.{name}: expected None with sampling={self.sampling!r}, got {value}"
@@ -151,19 +149,19 @@ class Accountant:
         """
         used = mechanism or self._own()
         self._check(used)
-        _whole("steps", steps)
+        check_whole("steps", steps)
         if self._history and self._history[-1][0] == used:
             steps += self._history.pop()[1]
         self._history.append((used, steps))
 
     def epsilon(self, delta: float) -> float:
         """Return ε of all steps taken, at ``delta``; infinite if one of them had no noise."""
-        _fraction("delta", delta)
+        check_fraction("delta", delta)
         return _epsilon(self.kind, self._history, delta)
 
     def delta(self, epsilon: float) -> float:
         """Return δ of all steps taken, at ``epsilon``; 1 if one of them had no noise."""
-        _real("epsilon", epsilon, "at least 0", lambda v: v >= 0)
+        check_real("epsilon", epsilon, "at least 0", lambda v: v >= 0)
         if not self._history:
             return 0.0
         if any(m.noise_multiplier == 0 for m, _ in self._history):
@@ -181,8 +179,8 @@ class Accountant:
             limit: The answer is at most this.
             mechanism: Of the further steps; ``None`` takes the accountant's own.
         """
-        _real("epsilon", epsilon, "at least 0", lambda v: v >= 0)
-        _fraction("delta", delta)
+        check_real("epsilon", epsilon, "at least 0", lambda v: v >= 0)
+        check_fraction("delta", delta)
         used = mechanism or self._own()
         self._check(used)
 
@@ -283,8 +281,8 @@ def calibrate(
     Raises:
         UnattainableError: No σ up to a million does it.
     """
-    _real("target_epsilon", target_epsilon, "above 0", lambda v: v > 0)
-    _fraction("target_delta", target_delta)
+    check_real("target_epsilon", target_epsilon, "above 0", lambda v: v > 0)
+    check_fraction("target_delta", target_delta)
     accountant = Accountant(kind)
 
     def cost(sigma: float, interval: float = _FINE) -> float:
@@ -298,7 +296,7 @@ def calibrate(
         accountant._check(mechanism)
         return _epsilon(kind, [(mechanism, steps)], target_delta, interval)
 
-    _whole("steps", steps)
+    check_whole("steps", steps)
     interval = max(_FINE, min(_COARSE, target_epsilon / 1000))
     start = _rdp_guess(target_epsilon, target_delta, sample_rate, steps)
     low, high = _bracket(lambda sigma: cost(sigma, interval) > target_epsilon, start)
@@ -339,9 +337,9 @@ def adaptive_split(sigma: float, groups: int, share: float) -> tuple[float, floa
     Returns:
         σ_g, the multiplier for the gradients, and σ_b, the standard deviation for each count.
     """
-    _real("sigma", sigma, "at least 0", lambda v: v >= 0)
-    _whole("groups", groups)
-    _fraction("share", share)
+    check_real("sigma", sigma, "at least 0", lambda v: v >= 0)
+    check_whole("groups", groups)
+    check_fraction("share", share)
     return sigma / math.sqrt(1 - share), sigma * math.sqrt(groups / (4 * share))
 
 
@@ -433,23 +431,5 @@ def _entry(entry: Any) -> tuple[Mechanism, int]:
         raise ValueError(f"expected an accountant's entry with {sorted(missing)}, got {entry!r}")
     if unknown := entry.keys() - fields - {"steps"}:
         raise ValueError(f"an accountant's entry has no {sorted(unknown)}")
-    _whole("steps", entry["steps"])
+    check_whole("steps", entry["steps"])
     return Mechanism(**{k: v for k, v in entry.items() if k != "steps"}), entry["steps"]
-
-
-def _real(name: str, value: Any, expected: str, ok: Callable[[float], bool]) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number {expected}, got {value!r}")
-    if not math.isfinite(value) or not ok(value):
-        raise ValueError(f"{name}: expected a finite number {expected}, got {value!r}")
-
-
-def _fraction(name: str, value: Any) -> None:
-    _real(name, value, "between 0 and 1, both excluded", lambda v: 0 < v < 1)
-
-
-def _whole(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, type(None))):
-        raise TypeError(f"{name}: expected a whole number of at least 1, got {value!r}")
-    if value is None or value < 1:
-        raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
