@@ -5,5 +5,9 @@ from .accounting import UnattainableError as UnattainableError
 from .accounting import adaptive_split as adaptive_split
 from .accounting import calibrate as calibrate
 from .config import PrivacyArguments as PrivacyArguments
+from .loader import PhysicalBatch as PhysicalBatch
+from .loader import PoissonDataLoader as PoissonDataLoader
+from .loader import from_data_loader as from_data_loader
+from .loader import poisson_data_loader as poisson_data_loader
 from .sampling import PoissonSampler as PoissonSampler
 from .sampling import physical_batches as physical_batches
