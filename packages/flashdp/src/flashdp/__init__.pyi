@@ -9,5 +9,7 @@ from .loader import PhysicalBatch as PhysicalBatch
 from .loader import PoissonDataLoader as PoissonDataLoader
 from .loader import from_data_loader as from_data_loader
 from .loader import poisson_data_loader as poisson_data_loader
+from .report import Covered as Covered
+from .report import PrivacyReport as PrivacyReport
 from .sampling import PoissonSampler as PoissonSampler
 from .sampling import physical_batches as physical_batches
