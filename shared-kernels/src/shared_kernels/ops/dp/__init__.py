@@ -1,4 +1,4 @@
-"""Differential privacy: norms and clipped sums of privacy units."""
+"""Differential privacy: clipped sums of privacy units, and the noise step."""
 
 from shared_kernels.ops.dp.api import (
     clip_factors,
@@ -12,10 +12,12 @@ from shared_kernels.ops.dp.api import (
     segment_sums,
     segment_token_gram_norm,
 )
+from shared_kernels.ops.dp.noise import gaussian_step
 
 __all__ = [
     "clip_factors",
     "embedding_accumulate",
+    "gaussian_step",
     "gram_error_bound",
     "segment_gram_norm",
     "segment_mm_clip",

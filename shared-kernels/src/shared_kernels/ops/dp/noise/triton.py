@@ -1,0 +1,93 @@
+"""The noise step in Triton: one pass, noise drawn in registers, a segment per program."""
+
+import triton
+import triton.language as tl
+
+from shared_kernels.ops.dp.noise import constants as k
+from shared_kernels.random.chacha.triton import normal_segment
+
+_GRID = tl.constexpr(k.GRID)
+
+
+@triton.jit
+def _lane(total_ptr, out_ptr, element, numel, z, to_grid, from_grid, NOISE: tl.constexpr):
+    mask = (element >= 0) & (element < numel)
+    value = tl.load(total_ptr + element, mask=mask, other=0.0).to(tl.float64)
+    noised = tl.floor(value * to_grid + z * _GRID + 0.5) * from_grid
+    value = noised if NOISE else value / from_grid
+    if out_ptr.dtype.element_ty == tl.float64:
+        tl.store(out_ptr + element, value, mask=mask)
+    else:
+        tl.store(out_ptr + element, value.to(tl.float32).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+# an argument that happens to be 1 would otherwise become a compile-time constant without .to()
+@triton.jit(
+    do_not_specialize=[
+        "numel",
+        "first_segment",
+        "skip",
+        "n0",
+        "n1",
+        "n2",
+        "to_grid",
+        "from_grid",
+        *(f"k{i}" for i in range(8)),
+    ]
+)
+def gaussian_step_kernel(
+    total_ptr,
+    out_ptr,
+    numel,
+    first_segment,
+    skip,
+    n0,
+    n1,
+    n2,
+    k0,
+    k1,
+    k2,
+    k3,
+    k4,
+    k5,
+    k6,
+    k7,
+    to_grid,
+    from_grid,
+    NOISE: tl.constexpr,
+):
+    """Noise the stream elements ``first_segment * 2048 + skip ..``.
+
+    ``to_grid`` and ``from_grid`` are bit patterns of float64, because numbers are passed as
+    float32; without NOISE, ``from_grid`` is the divisor. ``total_ptr`` may be ``out_ptr``.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    to_grid = to_grid.to(tl.float64, bitcast=True)
+    from_grid = from_grid.to(tl.float64, bitcast=True)
+    element = program * 2048 + tl.arange(0, 256) - skip
+    if NOISE:
+        z0, z1, z2, z3, z4, z5, z6, z7 = normal_segment(
+            first_segment.to(tl.int64) + program,
+            n0.to(tl.uint32, bitcast=True),
+            n1.to(tl.uint32, bitcast=True),
+            n2.to(tl.uint32, bitcast=True),
+            k0.to(tl.uint32, bitcast=True),
+            k1.to(tl.uint32, bitcast=True),
+            k2.to(tl.uint32, bitcast=True),
+            k3.to(tl.uint32, bitcast=True),
+            k4.to(tl.uint32, bitcast=True),
+            k5.to(tl.uint32, bitcast=True),
+            k6.to(tl.uint32, bitcast=True),
+            k7.to(tl.uint32, bitcast=True),
+        )
+    else:
+        z0, z1, z2, z3 = 0.0, 0.0, 0.0, 0.0
+        z4, z5, z6, z7 = 0.0, 0.0, 0.0, 0.0
+    _lane(total_ptr, out_ptr, element, numel, z0, to_grid, from_grid, NOISE)
+    _lane(total_ptr, out_ptr, element + 256, numel, z1, to_grid, from_grid, NOISE)
+    _lane(total_ptr, out_ptr, element + 512, numel, z2, to_grid, from_grid, NOISE)
+    _lane(total_ptr, out_ptr, element + 768, numel, z3, to_grid, from_grid, NOISE)
+    _lane(total_ptr, out_ptr, element + 1024, numel, z4, to_grid, from_grid, NOISE)
+    _lane(total_ptr, out_ptr, element + 1280, numel, z5, to_grid, from_grid, NOISE)
+    _lane(total_ptr, out_ptr, element + 1536, numel, z6, to_grid, from_grid, NOISE)
+    _lane(total_ptr, out_ptr, element + 1792, numel, z7, to_grid, from_grid, NOISE)
