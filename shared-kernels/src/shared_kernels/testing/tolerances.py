@@ -1,9 +1,11 @@
 """How far two implementations of an operation may differ, and why: one table.
 
-Distances are counted in units in the last place of the result's dtype. A bound is derived, not
-fitted; changing one needs a new derivation in ``reason``.
+Distances are counted in units in the last place of the result's dtype; those of long sums in
+machine epsilons of the sum of the absolute values of their terms, because terms can cancel. A bound
+is derived, not fitted; changing one needs a new derivation in ``reason``.
 """
 
+from collections.abc import Callable
 from typing import Final, NamedTuple
 
 import torch
@@ -19,6 +21,18 @@ class Tolerance(NamedTuple):
     """
 
     ulps: int
+    reason: str
+
+
+class SumTolerance(NamedTuple):
+    """A bound on the error of a sum, in machine epsilons of the sum of its absolute terms.
+
+    Attributes:
+        steps: The bound, from the numbers of terms that are added up in each stage.
+        reason: Derivation of the bound.
+    """
+
+    steps: Callable[..., float]
     reason: str
 
 
@@ -51,6 +65,57 @@ TOLERANCES: Final[dict[str, Tolerance]] = {
         1, "the interpreter truncates float32 to bfloat16 where the GPU rounds to nearest even"
     ),
 }
+
+_WALK = (
+    "rounding errors of a sum of k terms walk at random, sqrt(k)/3 half-epsilons of the absolute"
+    " sum as standard deviation, so that sqrt(k) epsilons are six of them"
+)
+SUM_TOLERANCES: Final[dict[str, SumTolerance]] = {
+    "dp.gram": SumTolerance(
+        lambda d, p, t: d**0.5 + p**0.5 + t**0.5,
+        f"inner products of d and of p terms, then t rows in each direction by tiles: {_WALK}",
+    ),
+    "dp.mm_norm": SumTolerance(
+        lambda d, p, t: 2 * t**0.5 + d**0.5 + p**0.5,
+        "an entry m of the product, t terms, is squared, which doubles its error and makes its"
+        f" absolute terms |m| sum |g||a|; then p x d squares: {_WALK}",
+    ),
+    "dp.scaled_mm": SumTolerance(
+        lambda n: n**0.5 + 2,
+        f"n rows; widening is exact, the scale and adding to the output round once each: {_WALK}",
+    ),
+    "dp.sums": SumTolerance(
+        lambda t: t**0.5 + 2, f"t rows; a product or scale and the output round once each: {_WALK}"
+    ),
+}
+
+
+def assert_sum_within(
+    actual: Tensor, expected: Tensor, terms: Tensor, tolerance: SumTolerance, *counts: int
+) -> None:
+    """Assert that sums are within their bound of the float64 ones everywhere.
+
+    Args:
+        actual: The sums, float32 or float64, all finite.
+        expected: float64, the same shape.
+        terms: float64, the sums of the absolute values of the terms.
+        tolerance: The bound.
+        *counts: Arguments of ``tolerance.steps``.
+
+    Raises:
+        AssertionError: Different shape or a larger error; the worst element is named.
+    """
+    assert actual.shape == expected.shape, f"shape {actual.shape}, expected {expected.shape}"
+    if not actual.numel():
+        return
+    error = (actual.double().cpu() - expected.cpu()).abs().flatten()
+    bound = tolerance.steps(*counts) * torch.finfo(actual.dtype).eps * terms.cpu().flatten()
+    excess = torch.where(error <= bound, 0.0, (error - bound).nan_to_num(nan=float("inf")))
+    worst = int(excess.argmax())
+    assert bool((error <= bound).all()), (
+        f"{int((~(error <= bound)).sum())} of {error.numel()} sums are out of bounds; worst is "
+        f"element {worst}: error {error[worst].item():.3e}, bound {bound[worst].item():.3e}"
+    )
 
 
 def ulp_distance(a: Tensor, b: Tensor) -> Tensor:
@@ -100,11 +165,16 @@ def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
     Raises:
         AssertionError: They do not.
     """
-    if actual.is_floating_point():
+    expected = expected.to(actual.device)
+    if actual.dtype == torch.float64:
+        # the distance of two of these can be more than an integer holds
+        equal = (actual == expected) & (actual.signbit() == expected.signbit())
+        assert bool((equal | (actual.isnan() & expected.isnan())).all()), "numbers differ"
+    elif actual.is_floating_point():
         # ulp distance takes -0 and +0 for one value; the sign bit must agree as well
         assert_within(actual, expected, EXACT)
         numbers = ~actual.isnan()
-        signs = actual.signbit() != expected.to(actual.device).signbit()
+        signs = actual.signbit() != expected.signbit()
         assert not bool((signs & numbers).any()), "zeros differ in sign"
     else:
-        assert torch.equal(actual, expected.to(actual.device)), "integers differ"
+        assert torch.equal(actual, expected), "integers differ"
