@@ -42,7 +42,9 @@ def _gpu_name(index: int) -> str:
     return torch.cuda.get_device_name(index)
 
 
-def choose(op: str, kind: str, configs: Sequence[Config], run: Callable[[Config], None]) -> Config:
+def choose(
+    op: str, kind: str, configs: Sequence[Config], run: Callable[[Config], object]
+) -> Config:
     """Choose the configuration of one launch on the current CUDA device.
 
     Args:

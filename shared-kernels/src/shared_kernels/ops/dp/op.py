@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from shared_kernels._library import declare
-from shared_kernels.ops.dp import reference
+from shared_kernels.ops.dp import launch, reference
 
 
 def _per_unit(g: Tensor, cu_seqlens: Tensor, *shape: int) -> Tensor:
@@ -33,41 +33,51 @@ def _fake_nothing(*args: Any) -> None:
 gram_norm = declare(
     "segment_gram_norm(Tensor a, Tensor g, Tensor cu_seqlens, bool bias, SymInt? max_seqlen)"
     " -> (Tensor, Tensor)",
-    implementations={"reference": reference.gram_norm},
+    implementations={"reference": reference.gram_norm, "triton": launch.gram_norm},
     fake=_fake_pair,
+    unsupported=launch.unsupported,
 )
 token_gram_norm = declare(
     "segment_token_gram_norm(Tensor tokens, Tensor g, Tensor cu_seqlens, SymInt? padding_idx,"
     " SymInt? max_seqlen) -> (Tensor, Tensor)",
-    implementations={"reference": reference.token_gram_norm},
+    implementations={"reference": reference.token_gram_norm, "triton": launch.token_gram_norm},
     fake=_fake_pair,
+    unsupported=launch.unsupported,
 )
 mm_norm = declare(
     "segment_mm_norm(Tensor a, Tensor g, Tensor cu_seqlens, bool bias) -> Tensor",
-    implementations={"reference": reference.mm_norm},
+    implementations={"reference": reference.mm_norm, "triton": launch.mm_norm},
     fake=_fake_norms,
+    unsupported=launch.unsupported,
 )
 scaled_mm_ = declare(
     "segment_scaled_mm_(Tensor a, Tensor g, Tensor cu_seqlens, Tensor scale, Tensor(a!) out,"
     " Tensor(b!)? bias_out) -> ()",
-    implementations={"reference": reference.scaled_mm},
+    implementations={"reference": reference.scaled_mm, "triton": launch.scaled_mm},
     fake=_fake_nothing,
+    unsupported=launch.unsupported,
 )
 mm_clip_ = declare(
     "segment_mm_clip_(Tensor a, Tensor g, Tensor cu_seqlens, Tensor threshold, Tensor(a!) out,"
     " Tensor(b!)? bias_out, str clipping, float stability, SymInt? chunk, SymInt? max_seqlen,"
     " bool equal) -> Tensor",
-    implementations={"reference": reference.mm_clip},
+    implementations={"reference": reference.mm_clip, "triton": launch.mm_clip},
     fake=_fake_norms,
+    unsupported=launch.unsupported,
 )
 sums = declare(
     "segment_sums(Tensor x, Tensor? g, Tensor cu_seqlens) -> Tensor",
-    implementations={"reference": reference.sums},
+    implementations={"reference": reference.sums, "triton": launch.sums},
     fake=_fake_sums,
+    unsupported=launch.unsupported,
 )
 embedding_accumulate_ = declare(
     "embedding_accumulate_(Tensor tokens, Tensor g, Tensor cu_seqlens, Tensor scale,"
     " Tensor(a!) out, SymInt? padding_idx) -> ()",
-    implementations={"reference": reference.embedding_accumulate},
+    implementations={
+        "reference": reference.embedding_accumulate,
+        "triton": launch.embedding_accumulate,
+    },
     fake=_fake_nothing,
+    unsupported=launch.unsupported,
 )

@@ -119,7 +119,8 @@ def gram_norm(
     The lower triangle counts twice.
     """
     dtype = accumulate_dtype(g.dtype)
-    n2, absolute = g.new_zeros(2, cu_seqlens.shape[0] - 1, dtype=dtype).unbind()
+    n2 = g.new_zeros(cu_seqlens.shape[0] - 1, dtype=dtype)
+    absolute = torch.zeros_like(n2)
     with ieee_matmul():
         for batch in batches(cu_seqlens, g.shape[0]):
             x, y = batch.of(a, dtype), batch.of(g, dtype)
@@ -152,7 +153,8 @@ def token_gram_norm(
 ) -> tuple[Tensor, Tensor]:
     """Sum ``<g_t, g_s>`` and its absolute value over pairs of rows that hold the same token."""
     dtype = accumulate_dtype(g.dtype)
-    n2, absolute = g.new_zeros(2, cu_seqlens.shape[0] - 1, dtype=dtype).unbind()
+    n2 = g.new_zeros(cu_seqlens.shape[0] - 1, dtype=dtype)
+    absolute = torch.zeros_like(n2)
     with ieee_matmul():
         for batch in batches(cu_seqlens, g.shape[0]):
             x, y = batch.of(tokens, tokens.dtype), batch.of(g, dtype)
