@@ -1,0 +1,211 @@
+"""Find the private layers of a model, check every rule on the instance at hand, move them over."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from flashdp.collector import Collector, Group, Handle, Part, PrivateLayer
+from flashdp.errors import PrivacyError
+from flashdp.rules import Rule, find_rule, private_class
+from flashdp.rules.expanded import FALLBACK
+from flashdp.rules.matrix import FLATTENING
+from flashdp.units import Units
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["Issue", "find_issues", "find_layers", "restore", "take_over"]
+
+_MIXING = (nn.modules.batchnorm._BatchNorm,)
+
+
+@dataclass(frozen=True)
+class Issue:
+    """Why a model cannot be trained privately as it is.
+
+    Attributes:
+        name: Module or parameter.
+        reason: What is wrong.
+        remedy: What to do.
+    """
+
+    name: str
+    reason: str
+    remedy: str
+
+    def __str__(self) -> str:
+        """One line."""
+        return f"{self.name}: {self.reason}; {self.remedy}"
+
+
+_COVER = (
+    "freeze it with requires_grad_(False), cover it with flashdp.register_dp_rule, or allow one "
+    "gradient per row with fallback=True"
+)
+
+
+def _owners(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[str]]]:
+    for name, module in model.named_modules():
+        own = [n for n, p in module._parameters.items() if p is not None and p.requires_grad]
+        if own:
+            yield name, module, own
+
+
+def _rule_for(module: nn.Module, own: list[str], *, fallback: bool) -> tuple[Rule | None, str]:
+    rule = find_rule(module)
+    why = f"no rule covers a {type(module).__name__}"
+    if rule is not None:
+        trouble = rule.unsupported(module)
+        known = rule.name.startswith("registered") or set(own) <= {"weight", "bias"}
+        if trouble is None and known:
+            return rule, ""
+        why = trouble or f"its parameters {own} are not those the {rule.name} rule knows"
+    if fallback:
+        trouble = FALLBACK.unsupported(module)
+        if trouble is None:
+            return FALLBACK, ""
+        why = trouble
+    return None, why
+
+
+def find_issues(model: nn.Module, *, fallback: bool = False) -> list[Issue]:
+    """Everything that can be seen without data: uncovered parameters, layers that mix units."""
+    issues = []
+    for name, module in model.named_modules():
+        if isinstance(module, _MIXING) and (module.training or module.affine):
+            issues.append(
+                Issue(
+                    name or type(module).__name__,
+                    f"{type(module).__name__} mixes the units of a batch",
+                    "replace it, for instance by nn.GroupNorm, or freeze it in eval mode",
+                )
+            )
+    for name, module, own in _owners(model):
+        if isinstance(module, _MIXING):
+            continue
+        rule, why = _rule_for(module, own, fallback=fallback)
+        if rule is None:
+            shown = [f"{name}.{n}" if name else n for n in own]
+            issues.append(Issue(", ".join(shown), why, _COVER))
+        elif rule is not FALLBACK and (difference := _probe(module, rule, own)) is not None:
+            issues.append(
+                Issue(
+                    name,
+                    f"the {rule.name} rule and autograd disagree on this {type(module).__name__} "
+                    f"({difference})",
+                    _COVER,
+                )
+            )
+    return issues
+
+
+def find_layers(model: nn.Module, *, fallback: bool = False) -> list[tuple[PrivateLayer, Rule]]:
+    """Return every private layer with its rule.
+
+    Raises:
+        PrivacyError: Something trainable is not covered, or mixes units; every case is listed.
+        ValueError: Nothing is trainable.
+    """
+    if issues := find_issues(model, fallback=fallback):
+        raise PrivacyError(
+            "the model cannot be trained privately as it is:\n"
+            + "\n".join(f"- {issue}" for issue in issues)
+        )
+    modules = dict(model.named_modules())
+    found = []
+    for name, module, own in _owners(model):
+        rule, _ = _rule_for(module, own, fallback=fallback)
+        assert rule is not None
+        parent = modules.get(name.rpartition(".")[0])
+        names = {local: f"{name}.{local}" if name else local for local in own}
+        flattened = type(parent).__name__ in FLATTENING
+        found.append((PrivateLayer(name, module, names, rule.name, flattened), rule))
+    if not found:
+        raise ValueError(
+            "no parameter of the model requires a gradient; unfreeze what is to be trained"
+        )
+    return found
+
+
+def take_over(layers: list[tuple[PrivateLayer, Rule]], collector: Collector) -> None:
+    """Move each module to its private class."""
+    handle = Handle(collector)
+    for layer, rule in layers:
+        layer.module.__dict__["_dp_handle"] = handle
+        layer.module.__class__ = private_class(type(layer.module), rule.mixin)
+
+
+def restore(model: nn.Module) -> None:
+    """Move every module back to its own class."""
+    for module in model.modules():
+        original = vars(type(module)).get("_dp_original")
+        if original is not None:
+            module.__class__ = original
+            module.__dict__.pop("_dp_handle", None)
+
+
+@torch.no_grad()
+def _twin(module: nn.Module) -> nn.Module:
+    twin = copy.deepcopy(module).float().cpu()
+    for param in twin.parameters():
+        param.requires_grad_(False)
+    return twin
+
+
+def _probe(module: nn.Module, rule: Rule, own: list[str]) -> str | None:
+    """Compare a rule with autograd on a copy of the module; None if they agree."""
+    twin = _twin(module)
+    for local in own:
+        param = twin._parameters[local]
+        assert param is not None
+        # Fresh values: a parameter at zero or one could hide a wrong rule.
+        fresh = torch.randn(param.shape, generator=torch.Generator().manual_seed(1)) * 0.3
+        twin._parameters[local] = nn.Parameter(fresh)
+    x = rule.probe(module, torch.Generator().manual_seed(0))
+    if x.is_floating_point():
+        x.requires_grad_(True)
+    try:
+        plain = _gradients(twin, x, own)
+        layer = PrivateLayer("probe", twin, {n: n for n in own}, rule.name)
+        layer.parts = [Part(layer, tuple(own))]
+        collector = Collector([layer], [Group(0, "probe", layer.parts)])
+        collector.thresholds = torch.tensor([torch.inf])
+        take_over([(layer, rule)], collector)
+        collector.begin(Units.one_per_row(len(x), x.device))
+        private = _gradients(twin, x, own)
+    except PrivacyError:
+        raise
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    sums = {n: collector.sums.get(layer.parameter(n)) for n in own}
+    if not torch.allclose(private["y"], plain["y"], rtol=1e-4, atol=1e-5):
+        return "outputs differ"
+    if "x" in plain and not torch.allclose(private["x"], plain["x"], rtol=1e-4, atol=1e-5):
+        return "input gradients differ"
+    for local in own:
+        got = sums[local]
+        if got is None or not torch.allclose(got, plain[local], rtol=1e-3, atol=1e-4):
+            return f"gradients of {local} differ"
+    return None
+
+
+def _gradients(module: nn.Module, x: torch.Tensor, own: list[str]) -> dict[str, Any]:
+    x.grad = None
+    with torch.enable_grad():
+        y = module(x)
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
+    torch.autograd.backward(y, weights)
+    found: dict[str, Any] = {"y": y.detach()}
+    if x.grad is not None:
+        found["x"] = x.grad
+    for local in own:
+        param = module._parameters[local]
+        assert param is not None
+        if param.grad is not None:
+            found[local], param.grad = param.grad, None
+    return found

@@ -1,0 +1,417 @@
+"""The privacy engine: makes a model, an optimizer and a loader private."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from flashdp.accounting import Accountant, Mechanism, adaptive_split, calibrate
+from flashdp.attach import find_layers, restore, take_over
+from flashdp.collector import Collector
+from flashdp.errors import PrivacyError
+from flashdp.groups import AdaptiveThresholds, Calibration, make_groups
+from flashdp.losses import unit_loss
+from flashdp.noise import NoiseSource
+from flashdp.units import Units
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+    from flashdp.config import AccountantKind, Grouping
+
+__all__ = ["PrivacyEngine"]
+
+BATCH_KEYS = ("dp_mask", "dp_rows", "dp_last")
+
+
+class PrivacyEngine:
+    """Trains with differential privacy: per-layer clipping inside the backward pass, one Gaussian.
+
+    Three lines make an ordinary loop private::
+
+        engine = PrivacyEngine()
+        model, optimizer, loader = engine.make_private_with_epsilon(
+            model, optimizer, loader, target_epsilon=8, target_delta=1e-6, steps=1000,
+            max_grad_norm=1.0, expected_batch_size=256, sample_rate=256 / 1_000_000,
+        )
+        for batch in loader:
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    The loss must be a sum over units (or, with ``loss_reduction="mean"``, their mean over the rows
+    of the batch). Losses of transformers' causal language models are replaced by one that is.
+    """
+
+    def __init__(
+        self,
+        *,
+        accountant: AccountantKind = "pld",
+        secure_rng: bool = True,
+        seed: int | None = None,
+    ) -> None:
+        """Make an engine for one run.
+
+        Args:
+            accountant: ``"pld"`` or ``"rdp"``.
+            secure_rng: Draw noise from ChaCha20 with a key of the operating system.
+            seed: For repeatable runs, with ``secure_rng=False``; such a run is not private.
+        """
+        self.accountant = Accountant(accountant)
+        self.noise = NoiseSource(secure=secure_rng, seed=seed)
+        self.collector: Collector | None = None
+        self._model: nn.Module | None = None
+        self._removers: list[Any] = []
+        self._loader: Any = None
+        self._last = True
+        self._started = False
+
+    # -- attaching -------------------------------------------------------------------------------
+
+    def make_private(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        data_loader: Any = None,
+        *,
+        noise_multiplier: float,
+        max_grad_norm: float | Sequence[float],
+        expected_batch_size: float,
+        sample_rate: float | None = None,
+        mechanism: Mechanism | None = None,
+        grouping: Grouping = "module",
+        clipping: str = "abadi",
+        stability: float = 0.01,
+        thresholds: AdaptiveThresholds | None = None,
+        noise_allocation: str = "global",
+        loss_reduction: str = "sum",
+        strategy: str = "auto",
+        fallback: bool = False,
+    ) -> tuple[nn.Module, torch.optim.Optimizer, Any]:
+        """Attach to a model and its optimizer; all three are returned as given, changed in place.
+
+        Args:
+            model: The model. Its trainable parameters must all be covered by a rule.
+            optimizer: Any optimizer of exactly those parameters.
+            data_loader: A Poisson loader (`flashdp.poisson_data_loader`); its mask and unit rows
+                are read at every batch. None: batches come from elsewhere.
+            noise_multiplier: sigma, noise over sensitivity.
+            max_grad_norm: C for one unit's whole contribution, or one threshold per group.
+            expected_batch_size: B, the public constant by which sums are divided.
+            sample_rate: q of Poisson sampling. None, without a loader that knows it, claims no
+                amplification: every unit may be in every step.
+            mechanism: What the accountant counts, instead of the two above.
+            grouping: ``"param"``, ``"module"``, ``"block"`` or ``"flat"``.
+            clipping: ``"abadi"``: min(1, C/n); ``"automatic"``: C / (n + stability).
+            stability: Of automatic clipping.
+            thresholds: Let the thresholds follow a quantile.
+            noise_allocation: ``"global"``, ``"equal_budget"`` or ``"dimension"``.
+            loss_reduction: ``"sum"`` if the loss is a sum over units, ``"mean"`` if it is the mean
+                over the rows of the physical batch.
+            strategy: How matrices' norms are taken: ``"gram"``, ``"recompute"``, ``"spill"``, or
+                ``"auto"``.
+            fallback: Allow one gradient per row where no rule fits.
+
+        Raises:
+            PrivacyError: Something trainable is not covered, or mixes units.
+            ValueError: An option is out of range, or the optimizer holds other parameters.
+        """
+        if self._model is not None:
+            raise RuntimeError("this engine has a model already; make one engine per run")
+        _check(noise_multiplier=noise_multiplier, expected_batch_size=expected_batch_size)
+        for name, value, choices in (
+            ("loss_reduction", loss_reduction, ("sum", "mean")),
+            ("grouping", grouping, ("param", "module", "block", "flat")),
+            ("clipping", clipping, ("abadi", "automatic")),
+            ("noise_allocation", noise_allocation, ("global", "equal_budget", "dimension")),
+            ("strategy", strategy, ("auto", "gram", "recompute", "spill")),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name}: {value!r} is none of {', '.join(choices)}")
+        found = find_layers(model, fallback=fallback)
+        layers = [layer for layer, _ in found]
+        self._parameters = _private_parameters(layers, optimizer)
+        groups = make_groups(model, layers, grouping)
+        device = next(iter(self._parameters)).device
+        self.calibration = Calibration(
+            groups, max_grad_norm, allocation=noise_allocation, device=device
+        )
+        self.noise_multiplier, self.expected_batch_size = noise_multiplier, expected_batch_size
+        self.loss_reduction, self.adaptive = loss_reduction, thresholds
+        self._sigma, self._sigma_counts = noise_multiplier, 0.0
+        if thresholds is not None and noise_multiplier:
+            self._sigma, self._sigma_counts = adaptive_split(
+                noise_multiplier, len(groups), thresholds.share
+            )
+        self.mechanism = mechanism or _mechanism(noise_multiplier, sample_rate, data_loader)
+        self.collector = Collector(
+            layers,
+            groups,
+            clipping=clipping,
+            stability=stability,
+            strategy=_strategy(strategy),
+            count=thresholds is not None,
+        )
+        self.collector.thresholds = self.calibration.thresholds
+        take_over(found, self.collector)
+        self._model, self._loader = model, data_loader
+        self._hook(model, optimizer)
+        return model, optimizer, data_loader
+
+    def make_private_with_epsilon(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        data_loader: Any = None,
+        *,
+        target_epsilon: float,
+        target_delta: float,
+        steps: int,
+        sample_rate: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[nn.Module, torch.optim.Optimizer, Any]:
+        """As :meth:`make_private`, with the noise that ``steps`` steps need.
+
+        Args:
+            model: The model.
+            optimizer: Its optimizer.
+            data_loader: A Poisson loader, or None.
+            target_epsilon: To be reached after ``steps`` steps.
+            target_delta: Its delta.
+            steps: Number of optimizer steps.
+            sample_rate: q; default: the loader's.
+            **kwargs: See :meth:`make_private`.
+        """
+        rate = sample_rate if sample_rate is not None else getattr(data_loader, "sample_rate", None)
+        sigma = calibrate(
+            target_epsilon, target_delta, sample_rate=1.0 if rate is None else rate, steps=steps
+        )
+        return self.make_private(
+            model, optimizer, data_loader, noise_multiplier=sigma, sample_rate=rate, **kwargs
+        )
+
+    def _hook(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        def before_forward(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            return self._before_forward(args, kwargs)
+
+        def before_step(optimizer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+            # The optimizer itself is the first argument.
+            if any(value is not None for value in (*args[1:], *kwargs.values())):
+                raise PrivacyError("a closure would run the batch again unaccounted; pass none")
+            self._before_step()
+
+        def after_step(*_: Any) -> None:
+            for param in self._parameters:
+                param.grad = None
+
+        def leaked(param: Tensor, name: str) -> None:
+            if param.grad is None:
+                return
+            param.grad = None
+            raise PrivacyError(
+                f"autograd put a gradient into {name!r} past its private layer: the parameter is "
+                "used outside the module that owns it; freeze it, or register a rule"
+            )
+
+        self._removers.append(model.register_forward_pre_hook(before_forward, with_kwargs=True))
+        for param, name in self._parameters.items():
+            hook = functools.partial(leaked, name=name)
+            self._removers.append(param.register_post_accumulate_grad_hook(hook))
+        self._removers.append(optimizer.register_step_pre_hook(before_step))
+        self._removers.append(optimizer.register_step_post_hook(after_step))
+        # transformers takes a model whose class it has no loss for to be a causal one.
+        if hasattr(model, "loss_function") and model.loss_type in (None, "ForCausalLM"):
+            self._loss_function = model.__dict__.get("_loss_function")
+            causal: Any = model
+            causal.loss_function = unit_loss
+
+    def detach(self) -> None:
+        """Give the model and the optimizer back as they were; what was gathered is dropped."""
+        if self._model is None:
+            return
+        for remover in self._removers:
+            remover.remove()
+        restore(self._model)
+        if self._model.__dict__.get("_loss_function") is unit_loss:
+            del self._model._loss_function
+            if self._loss_function is not None:
+                self._model.loss_function = self._loss_function
+        self._removers, self._model, self.collector = [], None, None
+
+    # -- a step ----------------------------------------------------------------------------------
+
+    def _before_forward(self, args: Any, kwargs: dict[str, Any]) -> Any:
+        given = {key: kwargs[key] for key in BATCH_KEYS if key in kwargs}
+        rest = {key: value for key, value in kwargs.items() if key not in given}
+        if torch.is_grad_enabled() and self.collector is not None:
+            current = getattr(self._loader, "current", None)
+            if not given and current is not None:
+                given = {
+                    "dp_mask": current.mask, "dp_rows": current.rows, "dp_last": current.last
+                }  # fmt: skip
+            self._last = bool(given.get("dp_last", True))
+            self.collector.begin(self._units(args, rest, given))
+        return args, rest
+
+    def _units(self, args: Any, kwargs: Mapping[str, Any], given: Mapping[str, Any]) -> Units:
+        tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.ndim]
+        if not tensors:
+            raise PrivacyError(
+                "the model was called without a tensor, so the rows of the batch cannot be counted"
+            )
+        rows, device = len(tensors[0]), tensors[0].device
+        scale = float(rows) if self.loss_reduction == "mean" else 1.0
+        mask, cu_rows = given.get("dp_mask"), given.get("dp_rows")
+        if cu_rows is None:
+            return Units.one_per_row(rows, device, mask, scale=scale)
+        units = Units.grouped(cu_rows.cpu(), device, mask, scale=scale)
+        if units.rows != rows:
+            raise PrivacyError(
+                f"the batch has {rows} rows, its units {units.rows}: they belong to different "
+                "batches"
+            )
+        return units
+
+    @torch.no_grad()
+    def _before_step(self) -> None:
+        """Account for a step and put noised means into ``p.grad``.
+
+        In the middle of a logical batch there is nothing to do: without gradients an optimizer
+        leaves its parameters alone.
+        """
+        if self.collector is None or not self._last:
+            return
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if distributed and not self._started:
+            self.noise.agree()
+        self._started = True
+        step = self.accountant.steps
+        # Counted before anything is released, so that no crash can forget it.
+        self.accountant.step(self.mechanism)
+        sums, below = self.collector.take(), self.collector.below
+        self.collector.below = None
+        std = self.calibration.noise_std(self._sigma)
+        for uid, param in enumerate(self._parameters):
+            total = sums.pop(param, None)
+            if total is None:
+                wide = torch.promote_types(param.dtype, torch.float32)
+                total = torch.zeros(param.shape, dtype=wide, device=param.device)
+            if distributed:
+                torch.distributed.all_reduce(total)
+            param.grad = self.noise.noised(
+                total, step=step, uid=uid, std=std[param], divisor=self.expected_batch_size,
+                dtype=param.dtype,
+            )  # fmt: skip
+        if self.adaptive is not None:
+            self._adapt(below, step, distributed=distributed)
+
+    def _adapt(self, below: Tensor | None, step: int, *, distributed: bool) -> None:
+        assert self.adaptive is not None
+        thresholds = self.calibration.thresholds
+        total = torch.zeros_like(thresholds) if below is None else below
+        if distributed:
+            torch.distributed.all_reduce(total)
+        # Centred counts: half of the expected batch is what zero stands for.
+        share = self.noise.noised(
+            total, step=step, uid=0, std=self._sigma_counts, divisor=self.expected_batch_size,
+            dtype=total.dtype, counts=True,
+        )  # fmt: skip
+        self.calibration.adapt(share + 0.5, self.adaptive)
+
+    # -- what was spent --------------------------------------------------------------------------
+
+    def get_epsilon(self, delta: float) -> float:
+        """Return epsilon of the steps taken so far."""
+        return self.accountant.epsilon(delta)
+
+    @property
+    def coverage(self) -> dict[str, str]:
+        """The rule that covers each private parameter, by name."""
+        assert self.collector is not None
+        return {
+            full: layer.rule for layer in self.collector.layers for full in layer.names.values()
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold: the steps accounted for, and the thresholds. No key."""
+        return {
+            "accountant": self.accountant.state_dict(),
+            "thresholds": self.calibration.thresholds.tolist(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue a run: its past steps stay accounted for, its noise key is a fresh one.
+
+        Raises:
+            PrivacyError: The state has other clipping groups, or this engine uses a seed.
+        """
+        if not self.noise.secure:
+            raise PrivacyError(
+                "a resumed run with the same seed would use the same noise again on other data: "
+                "give the engine another seed and build the state anew, or use secure_rng=True"
+            )
+        thresholds = torch.tensor(state["thresholds"]).to(self.calibration.thresholds)
+        if thresholds.shape != self.calibration.thresholds.shape:
+            raise PrivacyError(
+                f"the state has {len(thresholds)} clipping groups, this run "
+                f"{len(self.calibration.thresholds)}"
+            )
+        self.accountant.load_state_dict(state["accountant"])
+        self.calibration.thresholds.copy_(thresholds)
+
+
+def _private_parameters(
+    layers: Sequence[Any], optimizer: torch.optim.Optimizer
+) -> dict[nn.Parameter, str]:
+    """Private parameters in a fixed order, by full name."""
+    params: dict[nn.Parameter, str] = {}
+    for layer in layers:
+        for local, full in layer.names.items():
+            params.setdefault(layer.parameter(local), full)
+    held = {p for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+    if strangers := held - params.keys():
+        shapes = [tuple(p.shape) for p in list(strangers)[:3]]
+        raise ValueError(
+            f"the optimizer holds {len(strangers)} parameters that are not the model's (shapes "
+            f"{shapes}): they would train without privacy"
+        )
+    return {p: name for p, name in params.items() if p in held}
+
+
+def _mechanism(sigma: float, sample_rate: float | None, loader: Any) -> Mechanism:
+    make = getattr(loader, "mechanism", None)
+    if make is not None:
+        return make(sigma)
+    if sample_rate is None:
+        return Mechanism(noise_multiplier=sigma, sample_rate=1.0, sampling="every_step")
+    if loader is None:
+        raise PrivacyError(
+            f"sample_rate={sample_rate} claims amplification by Poisson sampling, and there is no "
+            "Poisson loader: pass flashdp.poisson_data_loader(...), or leave sample_rate out"
+        )
+    raise PrivacyError(
+        f"{type(loader).__name__} does not say that it draws by Poisson sampling: epsilon for "
+        f"sample_rate={sample_rate} would not hold; use flashdp.poisson_data_loader"
+    )
+
+
+def _strategy(name: str) -> Any:
+    from flashdp.planner import choose
+
+    return choose if name == "auto" else lambda record, units: name
+
+
+def _check(*, noise_multiplier: float, expected_batch_size: float) -> None:
+    if not (0 <= noise_multiplier < math.inf):
+        raise ValueError(f"noise_multiplier: expected at least 0, got {noise_multiplier}")
+    if not (0 < expected_batch_size < math.inf):
+        raise ValueError(
+            f"expected_batch_size: expected above 0, got {expected_batch_size}; it is the public "
+            "constant that sums are divided by"
+        )
