@@ -134,8 +134,9 @@ def test_in_place(kernel_device, impl, dtype):
 
 
 @pytest.mark.parametrize("impl", ["reference", "numba", "triton"])
-def test_only_the_result_is_written(kernel_device, impl):
-    total = totals(3000).to(kernel_device if impl == "triton" else "cpu")
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_only_the_result_is_written(kernel_device, impl, dtype):
+    total = totals(3000, dtype).to(kernel_device if impl == "triton" else "cpu")
     before, key = total.clone(), KEY.clone()
     gaussian_step(total, torch.empty_like(total), **STREAM, std=1, divisor=1, impl=impl)
     assert torch.equal(total, before)
