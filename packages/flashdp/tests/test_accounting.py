@@ -48,6 +48,7 @@ def test_known_values(run, pld, rdp, prv):
 
 
 @pytest.mark.peer
+@pytest.mark.filterwarnings("ignore:Optimal order")
 @pytest.mark.parametrize(("run", "pld", "rdp", "prv"), KNOWN)
 def test_opacus_agrees(run, pld, rdp, prv):
     accountants = pytest.importorskip("opacus.accountants", reason="opacus is not installed")
@@ -129,7 +130,7 @@ def test_a_cap_that_is_never_reached_costs_nothing():
 
 
 def test_a_cap_that_cuts_often_costs_more():
-    costs = [spent("pld", 1.0, 0.01, 20, **truncated(cap)).epsilon(DELTA) for cap in (60, 28, 22)]
+    costs = [spent("pld", 2.0, 0.01, 5, **truncated(cap)).epsilon(DELTA) for cap in (60, 28, 22)]
     assert costs == sorted(costs)
     assert costs[-1] > 1.1 * costs[0]
 
@@ -211,6 +212,12 @@ def test_damaged_state_is_refused_and_changes_nothing(damage):
     assert accountant.steps == 0
 
 
+def test_a_state_this_kind_cannot_account_is_refused():
+    state = {**spent("pld", 1.0, 0.1, 1, **truncated(20, 100)).state_dict(), "kind": "rdp"}
+    with pytest.raises(ValueError, match="truncated"):
+        Accountant("rdp").load_state_dict(state)
+
+
 def test_steps_within_a_budget():
     accountant = Accountant("rdp", Mechanism(noise_multiplier=1.0, sample_rate=0.01))
     accountant.step(steps=100)
@@ -224,9 +231,9 @@ def test_steps_within_a_budget():
 
 
 def test_a_calibrated_run_may_take_all_its_steps():
-    sigma = calibrate(2.0, DELTA, sample_rate=0.01, steps=100)
-    fresh = Accountant("pld", Mechanism(noise_multiplier=sigma, sample_rate=0.01))
-    assert fresh.steps_within(2.0, DELTA, limit=100) == 100
+    sigma = calibrate(2.0, DELTA, sample_rate=0.1, steps=10)
+    fresh = Accountant("pld", Mechanism(noise_multiplier=sigma, sample_rate=0.1))
+    assert fresh.steps_within(2.0, DELTA, limit=10) == 10
 
 
 # -- calibration -----------------------------------------------------------------------------------
@@ -248,7 +255,7 @@ def test_calibration_finds_the_known_value():
         (3.0, 1e-5, {"sample_rate": 1.0, "steps": 20, "sampling": "every_step"}),
         (50.0, 1e-5, {"sample_rate": 0.01, "steps": 50}),
         (2.0, 1e-5, {"sample_rate": 0.02, "steps": 100, "kind": "rdp"}),
-        (1.5, 1e-5, {"sample_rate": 0.1, "steps": 5, **truncated(60, 400)}),
+        (0.5, 1e-5, {"sample_rate": 0.1, "steps": 2, **truncated(60, 400)}),
     ],
 )
 def test_calibration_keeps_the_promise_and_wastes_little(epsilon, delta, run):
@@ -261,6 +268,7 @@ def test_calibration_keeps_the_promise_and_wastes_little(epsilon, delta, run):
 
 
 @pytest.mark.peer
+@pytest.mark.filterwarnings("ignore:Optimal order")
 def test_opacus_calibrates_alike():
     opacus = pytest.importorskip("opacus.accountants.utils", reason="opacus is not installed")
     theirs = opacus.get_noise_multiplier(
@@ -275,13 +283,24 @@ def test_opacus_calibrates_alike():
     assert ours == pytest.approx(theirs, rel=0.01)
 
 
+@pytest.mark.parametrize("bias", [0.98, 1.0, 1.02])
+def test_the_fine_grid_decides_however_wrong_the_coarse_one_is(monkeypatch, bias):
+    def cost(kind, history, delta, interval=1e-4):
+        return (bias if interval > 1e-4 else 1.0) / history[0][0].noise_multiplier
+
+    monkeypatch.setattr("flashdp.accounting._epsilon", cost)
+    # 1/σ <= 0.7 from σ = 1.42857... on.
+    assert calibrate(0.7, DELTA, sample_rate=0.1, steps=1) == 1.429
+
+
 def test_what_no_noise_can_reach_is_said():
     with pytest.raises(UnattainableError, match=r"0\.001.*1e-30"):
         calibrate(1e-3, 1e-30, sample_rate=0.5, steps=1000)
 
 
-def test_where_sampling_alone_suffices_the_smallest_noise_is_returned():
-    assert calibrate(1.0, 0.5, sample_rate=1e-6, steps=1) == 0.05
+def test_the_smallest_noise_is_returned_where_any_would_do(monkeypatch):
+    monkeypatch.setattr("flashdp.accounting._epsilon", lambda *_: 0.0)
+    assert calibrate(1.0, DELTA, sample_rate=0.1, steps=1) == 0.05
 
 
 # -- the split of the budget -----------------------------------------------------------------------

@@ -61,6 +61,7 @@ def test_no_noise_is_infinite_and_still_json(capsys):
 
 def test_calibrate(capsys):
     args = ("--sample-rate", 0.02, "--steps", 30, "--delta", "1e-6", "--json")
+    args += ("--accountant", "rdp")
     status, out, _ = run(capsys, "calibrate", "--epsilon", 1, *args)
     found = json.loads(out)
     assert status == 0
@@ -117,6 +118,7 @@ def test_bad_input_exits_with_2(capsys, args, status, words):
 
 def test_an_unattainable_target_exits_with_1(capsys):
     args = ("--sample-rate", 0.5, "--steps", 1000, "--delta", "1e-30")
+    args += ("--accountant", "rdp")
     status, out, err = run(capsys, "calibrate", "--epsilon", 0.001, *args)
     assert status == 1
     assert out == ""
