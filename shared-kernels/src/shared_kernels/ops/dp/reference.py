@@ -219,8 +219,8 @@ def clip_factors(n2: Tensor, threshold: Tensor, clipping: str, stability: float)
     else:
         factor = threshold / (norm + stability)
     factor = factor * torch.where(threshold.isinf(), 1.0, SHRINK).to(factor.dtype)
-    # the root of an infinite or negative n2 gives 0 or NaN here
-    return torch.where(n2.isfinite() & factor.isfinite(), factor, 0.0)
+    # an infinite n2 has made it 0 or NaN, a negative one NaN
+    return torch.where(factor.isfinite(), factor, 0.0)
 
 
 def mm_clip(
