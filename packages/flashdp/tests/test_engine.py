@@ -540,3 +540,35 @@ def test_losses_of_rows_do_not_depend_on_each_other():
         torch.testing.assert_close(found[row], one)
     empty = per_sample_loss(logits, torch.full((2, 5), -100))
     assert not bool(empty.any())
+
+
+def test_a_report_lists_what_is_covered_also_after_detaching():
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    engine, optimizer = make(model, noise_multiplier=2.0, max_grad_norm=0.5)
+    model(torch.randn(2, 3)).sum().backward()
+    optimizer.step()
+    report = engine.report(1e-5, notes=["a remark"])
+    assert report.steps == 1
+    assert report.epsilon == engine.get_epsilon(1e-5)
+    assert report.max_grad_norm == pytest.approx(0.5)
+    assert [(c.parameter, c.rule, c.size) for c in report.coverage] == [
+        (name, engine.coverage[name], p.numel()) for name, p in model.named_parameters()
+    ]
+    assert report.thresholds.keys() == {"0", "1"}
+    engine.detach()
+    assert engine.report(1e-5, notes=["a remark"]) == report
+    assert "a remark" in report.to_markdown()
+
+
+def test_adapters_train_with_a_loss_per_unit():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(tiny_model("llama"), config)
+    inputs = tiny_inputs("llama", batch=3)
+    inputs["labels"][0, :6] = -100
+    alone = [float(model(**{k: v[i : i + 1] for k, v in inputs.items()}).loss) for i in range(3)]
+    whole = float(model(**inputs).loss)
+    engine, _ = make(model, max_grad_norm=1e6)
+    assert float(model(**inputs).loss) == pytest.approx(sum(alone), rel=1e-5)
+    engine.detach()
+    assert float(model(**inputs).loss) == pytest.approx(whole, rel=1e-6)

@@ -14,8 +14,9 @@ from flashdp.attach import find_layers, restore, take_over
 from flashdp.collector import Collector
 from flashdp.errors import PrivacyError
 from flashdp.groups import AdaptiveThresholds, Calibration, make_groups
-from flashdp.losses import unit_loss
+from flashdp.losses import loss_owner, unit_loss
 from flashdp.noise import NoiseSource
+from flashdp.report import report_of
 from flashdp.units import Units
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from flashdp.config import AccountantKind, Grouping
+    from flashdp.report import PrivacyReport
 
 __all__ = ["PrivacyEngine"]
 
@@ -144,6 +146,7 @@ class PrivacyEngine:
         )
         self.noise_multiplier, self.expected_batch_size = noise_multiplier, expected_batch_size
         self.loss_reduction, self.adaptive = loss_reduction, thresholds
+        self.grouping, self.clipping = grouping, clipping
         self._sigma, self._sigma_counts = noise_multiplier, 0.0
         if thresholds is not None and noise_multiplier:
             self._sigma, self._sigma_counts = adaptive_split(
@@ -225,10 +228,10 @@ class PrivacyEngine:
             self._removers.append(param.register_post_accumulate_grad_hook(hook))
         self._removers.append(optimizer.register_step_pre_hook(before_step))
         self._removers.append(optimizer.register_step_post_hook(after_step))
+        causal: Any = loss_owner(model)
         # transformers takes a model whose class it has no loss for to be a causal one.
-        if hasattr(model, "loss_function") and model.loss_type in (None, "ForCausalLM"):
-            self._loss_function = model.__dict__.get("_loss_function")
-            causal: Any = model
+        if hasattr(causal, "loss_function") and causal.loss_type in (None, "ForCausalLM"):
+            self._loss_function = causal.__dict__.get("_loss_function")
             causal.loss_function = unit_loss
 
     def detach(self) -> None:
@@ -238,10 +241,11 @@ class PrivacyEngine:
         for remover in self._removers:
             remover.remove()
         restore(self._model)
-        if self._model.__dict__.get("_loss_function") is unit_loss:
-            del self._model._loss_function
+        causal: Any = loss_owner(self._model)
+        if causal.__dict__.get("_loss_function") is unit_loss:
+            del causal._loss_function
             if self._loss_function is not None:
-                self._model.loss_function = self._loss_function
+                causal.loss_function = self._loss_function
         self._removers, self._model, self.collector = [], None, None
 
     # -- a step ----------------------------------------------------------------------------------
@@ -329,6 +333,10 @@ class PrivacyEngine:
     def get_epsilon(self, delta: float) -> float:
         """Return epsilon of the steps taken so far."""
         return self.accountant.epsilon(delta)
+
+    def report(self, delta: float, **kwargs: Any) -> PrivacyReport:
+        """Return what the steps so far guarantee; see :func:`flashdp.report.report_of`."""
+        return report_of(self, delta, **kwargs)
 
     @property
     def coverage(self) -> dict[str, str]:

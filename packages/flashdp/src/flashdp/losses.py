@@ -9,7 +9,7 @@ from torch.nn import functional
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["per_sample_loss", "unit_loss"]
+__all__ = ["loss_owner", "per_sample_loss", "unit_loss"]
 
 
 def per_sample_loss(
@@ -65,3 +65,8 @@ def unit_loss(
         shift_labels = functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     shift_labels = shift_labels.to(logits.device)
     return per_sample_loss(logits, shift_labels, ignore_index=ignore_index).sum()
+
+
+def loss_owner(model: Any) -> Any:
+    """Return the model whose ``loss_function`` a forward calls: inside PEFT's wrapper, if any."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

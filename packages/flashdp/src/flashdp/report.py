@@ -9,10 +9,15 @@ import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flashdp._checks import check_fraction
 from flashdp.accounting import Mechanism
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from flashdp.engine import PrivacyEngine
 
 JSON_NAME = "privacy_report.json"
 MARKDOWN_NAME = "privacy_report.md"
@@ -285,6 +290,53 @@ class PrivacyReport:
             raise ValueError(f"{path}: not JSON: {error}") from error
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+
+
+def report_of(
+    engine: PrivacyEngine, delta: float, *, public_n: int | None = None, notes: Sequence[str] = ()
+) -> PrivacyReport:
+    """Return what the steps that an engine has taken guarantee, also after it was detached.
+
+    Args:
+        engine: The engine.
+        delta: δ of the guarantee.
+        public_n: The number of units, if it is public.
+        notes: Remarks to add.
+    """
+    calibration, loader, secure = engine.calibration, engine._loader, engine.noise.secure
+    groups = calibration.groups
+    return PrivacyReport(
+        epsilon=engine.get_epsilon(delta),
+        delta=delta,
+        history=engine.accountant.history,
+        max_grad_norm=calibration.sensitivity,
+        thresholds=dict(
+            zip((group.name for group in groups), calibration.thresholds.tolist(), strict=True)
+        ),
+        grouping=engine.grouping,
+        clipping=engine.clipping,
+        noise_allocation=calibration.allocation,
+        expected_batch_size=engine.expected_batch_size,
+        accountant=engine.accountant.kind,
+        accountant_version=engine.accountant.version,
+        rng="ChaCha20 with a key of the operating system" if secure else "ChaCha20 from a seed",
+        secure_rng=secure,
+        coverage=tuple(
+            Covered(
+                parameter=part.layer.names[local],
+                rule=part.layer.rule,
+                group=group.name,
+                size=part.layer.parameter(local).numel(),
+            )
+            for group in groups
+            for part in group.parts
+            for local in part.names
+        ),
+        user_level=getattr(loader, "user_level", False),
+        max_rows_per_unit=getattr(loader, "max_rows_per_unit", None),
+        public_n=engine.mechanism.dataset_size if public_n is None else public_n,
+        notes=tuple(notes),
+    )
 
 
 _DERIVED = ("unit", "neighbouring", "steps")
