@@ -11,7 +11,7 @@ import torch
 from flashdp.collector import Group, Part
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from torch import Tensor, nn
 
@@ -153,18 +153,21 @@ class Calibration:
         values = self.thresholds.double().tolist()
         return [sum(values[k] for k in cluster) for cluster in self.clusters]
 
+    def _parameters(self, cluster: Iterable[int]) -> dict[nn.Parameter, None]:
+        return dict.fromkeys(
+            part.layer.parameter(local)
+            for k in cluster
+            for part in self.groups[k].parts
+            for local in part.names
+        )
+
     def noise_std(self, sigma: float) -> dict[nn.Parameter, float]:
         """Return the noise's standard deviation of each parameter's sum."""
         reach = self._sensitivities()
-        params = [
-            dict.fromkeys(
-                part.layer.parameter(local)
-                for k in cluster
-                for part in self.groups[k].parts
-                for local in part.names
-            )
-            for cluster in self.clusters
-        ]
+        if not sigma:
+            # Thresholds may be infinite then, and zero times that is no number.
+            return dict.fromkeys(self._parameters(range(len(self.groups))), 0.0)
+        params = [self._parameters(cluster) for cluster in self.clusters]
         weights = [1.0] * len(reach)
         if self.allocation == "equal_budget":
             weights = list(reach)
