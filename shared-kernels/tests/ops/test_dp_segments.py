@@ -363,6 +363,19 @@ def test_length_of_the_longest_unit_is_only_a_hint(variant):
         assert_gram_norm(case, n2, absolute, bias=False)
 
 
+@pytest.mark.parametrize("chunk", [1, 8, 100])
+def test_bounds_of_temporaries_change_nothing(monkeypatch, chunk):
+    for bound in ("GRAM_CHUNK", "PRODUCT_CHUNK", "GRAM_ROWS", "PRODUCT_ROWS"):
+        monkeypatch.setattr(f"shared_kernels.ops.dp.reference._{bound}", chunk)
+    case = make_units([9, 9, 9, 0, 30, 9], 5, 23)
+    n2, absolute = dp.segment_gram_norm(case.a, case.g, case.cu, bias=True)
+    assert_gram_norm(case, n2, absolute, bias=True)
+    assert_mm_norm(case, dp.segment_mm_norm(case.a, case.g, case.cu, bias=True), bias=True)
+    out, bias_out = case.outputs()
+    dp.segment_scaled_mm(case.a, case.g, case.cu, case.scale, out, bias_out=bias_out)
+    assert_scaled_sum(case, case.scale, out, bias_out)
+
+
 def test_non_contiguous_inputs(variant):
     impl, dtype, device = variant
     case = make_units([20, 3, 11], 7, 5, dtype, strided=True).on(device)

@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-#: Elements of a temporary; about what the second-level caches of two cores hold.
-_CHUNK = 1 << 20
+#: Elements of Gram matrices, and of products, that are held at a time. Few units in one batch let
+#: each core work on its own.
+_GRAM_CHUNK, _PRODUCT_CHUNK = 1 << 20, 1 << 22
 #: Rows of a block of the Gram matrix.
 _GRAM_ROWS = 256
 #: Rows that are widened at a time for a product over all rows.
@@ -86,14 +87,13 @@ def unit_bounds(cu_seqlens: Tensor, rows: int) -> list[int]:
     return bounds
 
 
-def batches(cu_seqlens: Tensor, rows: int, elements_per_unit: int | None = None) -> Iterator[Batch]:
+def batches(cu_seqlens: Tensor, rows: int, product: int | None = None) -> Iterator[Batch]:
     """Yield the units that have rows, consecutive ones of equal length together.
 
     Args:
         cu_seqlens: int32 ``(U + 1,)``.
         rows: Number of rows.
-        elements_per_unit: What a unit adds to a temporary, to bound it; None means its length
-            squared, or as much of it as `_GRAM_ROWS` rows.
+        product: Elements of a unit's product, to bound a batch; None bounds its Gram matrices.
     """
     bounds = unit_bounds(cu_seqlens, rows)
     first = 0
@@ -102,8 +102,11 @@ def batches(cu_seqlens: Tensor, rows: int, elements_per_unit: int | None = None)
         if length == 0:
             first += 1
             continue
-        size = elements_per_unit or length * min(length, _GRAM_ROWS)
-        limit = min(len(bounds) - 1, first + max(1, _CHUNK // size))
+        if product is None:
+            most = _GRAM_CHUNK // (length * min(length, _GRAM_ROWS))
+        else:
+            most = _PRODUCT_CHUNK // max(1, product)
+        limit = min(len(bounds) - 1, first + max(1, most))
         last = first + 1
         while last < limit and bounds[last + 1] - bounds[last] == length:
             last += 1
@@ -173,9 +176,9 @@ def mm_norm(a: Tensor, g: Tensor, cu_seqlens: Tensor, bias: bool) -> Tensor:
     dtype = accumulate_dtype(g.dtype)
     n2 = g.new_zeros(cu_seqlens.shape[0] - 1, dtype=dtype)
     (_, d), (rows, p) = a.shape, g.shape
-    step = max(1, min(p, _CHUNK // max(d, 1)))
+    step = max(1, _PRODUCT_CHUNK // max(d, 1))
     with ieee_matmul():
-        for batch in batches(cu_seqlens, rows, max(1, p * d)):
+        for batch in batches(cu_seqlens, rows, p * d):
             x, y = batch.of(a, dtype), batch.of(g, dtype)
             for low in range(0, p, step):
                 n2[batch.units] += (y[..., low : low + step].mT @ x).square_().sum((1, 2))
