@@ -269,6 +269,29 @@ def test_masked_rows_contribute_nothing_and_an_empty_draw_is_noise_alone():
     assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
 
 
+def test_a_step_that_was_broken_off_leaves_nothing_behind():
+    from flashdp.loader import poisson_data_loader
+
+    rows = tiny_inputs("llama", batch=6)
+    data = [{k: v[i] for k, v in rows.items()} for i in range(6)]
+    model = tiny_model("llama").eval()
+    loader = poisson_data_loader(
+        data, num_steps=3, sample_rate=1.0, max_physical_batch_size=2, secure_rng=False, seed=0
+    )
+    engine, _ = make(model, data_loader=loader)
+
+    def sums(batches):
+        for batch in batches:
+            model(**batch).loss.backward()
+        return {engine._parameters[p]: s.clone() for p, s in engine.collector.sums.items()}
+
+    started = iter(loader)
+    sums([next(started)])
+    found = sums(next(again) for again in [iter(loader)] for _ in range(3))
+    engine.collector.take()
+    assert_close(found, sums(next(more) for more in [iter(loader)] for _ in range(3)), rtol=1e-5)
+
+
 def test_rows_of_one_user_are_clipped_together():
     model = tiny_model("llama").double().eval()
     plain, inputs = copy.deepcopy(model), tiny_inputs("llama", batch=4)

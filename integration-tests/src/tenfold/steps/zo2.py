@@ -126,9 +126,9 @@ class ZO2Step:
                 "“ good” and “ bad” is its answer. All 135 million parameters are trained, without "
                 "any gradient: each step compares the loss at two nearby points.",
                 "Much of the gain is unlearning a constant preference for one answer. Shifting the "
-                f"untrained model's threshold, which needs no training, gives {calibrated:.1%}. Where "
-                "the threshold lies plays no part in how often a good word is preferred to a bad "
-                f"one: {ranked[0]:.1%} before, {ranked[1]:.1%} after.",
+                f"untrained model's threshold, which needs no training, gives {calibrated:.1%}. "
+                "No threshold takes part in how often a good word is preferred to a bad one: "
+                f"{ranked[0]:.1%} before, {ranked[1]:.1%} after.",
                 "The blocks were streamed from the weight store through the buffers a GPU would "
                 "hold; on a CPU that saves nothing, it is the same code and the same numbers. The "
                 f"update log was replayed on the original weights in {replay_seconds:.1f} s and "

@@ -192,8 +192,17 @@ class PrivacyEngine:
             **kwargs: See :meth:`make_private`.
         """
         rate = sample_rate if sample_rate is not None else getattr(data_loader, "sample_rate", None)
+        # The loader knows whether it cuts large draws, which costs something.
+        as_drawn = _mechanism(1.0, rate, data_loader)
         sigma = calibrate(
-            target_epsilon, target_delta, sample_rate=1.0 if rate is None else rate, steps=steps
+            target_epsilon,
+            target_delta,
+            sample_rate=as_drawn.sample_rate,
+            steps=steps,
+            kind=self.accountant.kind,
+            sampling=as_drawn.sampling,
+            dataset_size=as_drawn.dataset_size,
+            truncated_batch_size=as_drawn.truncated_batch_size,
         )
         return self.make_private(
             model, optimizer, data_loader, noise_multiplier=sigma, sample_rate=rate, **kwargs
@@ -259,6 +268,10 @@ class PrivacyEngine:
                 given = {
                     "dp_mask": current.mask, "dp_rows": current.rows, "dp_last": current.last
                 }  # fmt: skip
+                if current.first:
+                    # A step that was broken off is drawn anew.
+                    self.collector.take()
+                    self.collector.below = None
             self._last = bool(given.get("dp_last", True))
             self.collector.begin(self._units(args, rest, given))
         return args, rest

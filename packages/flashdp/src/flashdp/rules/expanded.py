@@ -66,11 +66,10 @@ class _Affine:
         """Dimensions of the activation behind the parameter's own."""
         return 0
 
-    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        """Run the layer on copies of its parameters."""
+    def _run(self: Any, x: torch.Tensor, plain: Any) -> torch.Tensor:
         first = open_use(self)
         if first is None:
-            return super().forward(x)
+            return plain(x)
         out, trailing = self._normalise(x), self._trailing(x)
         for local in ("weight", "bias"):
             param = self._parameters.get(local)
@@ -88,6 +87,10 @@ class _Affine:
 class PrivateLayerNorm(_Affine, nn.LayerNorm):
     """See `_Affine`."""
 
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """As `nn.LayerNorm`."""
+        return self._run(input, super().forward)
+
     def _normalise(self, x: torch.Tensor) -> torch.Tensor:
         return functional.layer_norm(x, self.normalized_shape, None, None, self.eps)
 
@@ -95,12 +98,20 @@ class PrivateLayerNorm(_Affine, nn.LayerNorm):
 class PrivateRMSNorm(_Affine, nn.RMSNorm):
     """See `_Affine`."""
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """As `nn.RMSNorm`."""
+        return self._run(x, super().forward)
+
     def _normalise(self, x: torch.Tensor) -> torch.Tensor:
         return functional.rms_norm(x, self.normalized_shape, None, self.eps)
 
 
 class PrivateGroupNorm(_Affine, nn.GroupNorm):
     """See `_Affine`."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """As `nn.GroupNorm`."""
+        return self._run(input, super().forward)
 
     def _normalise(self, x: torch.Tensor) -> torch.Tensor:
         return functional.group_norm(x, self.num_groups, None, None, self.eps)
