@@ -159,14 +159,15 @@ class Collector:
 
     def begin(self, units: Units) -> None:
         """Start a forward pass of the model. An earlier one without a backward is forgotten."""
-        if any(layer.records for layer in self.layers):
+        if self._callback or any(layer.records for layer in self.layers):
+            # Trying a batch again after its backward ran out of memory would count it twice.
             raise PrivacyError(
-                "the model was called while a backward pass was under way: gradients of two "
-                "batches would be mixed"
+                "the model was called while a backward pass was under way, or after one that "
+                "failed: a part of that batch is in the sums already; start again from a checkpoint"
             )
         for layer in self.layers:
             layer.reset()
-        self._units, self._callback = units, False
+        self._units = units
         self._number += 1
 
     def open(self, module: nn.Module) -> Use | None:
@@ -220,6 +221,7 @@ class Collector:
     def _end_of_backward(self) -> None:
         """Close every group that still holds records: not all uses lead to the loss."""
         self._close([g for g in self.groups if any(layer.records for layer in g.layers)])
+        self._callback = False
 
     def _close(self, groups: Iterable[Group]) -> None:
         for group in groups:
@@ -313,7 +315,7 @@ class Collector:
 
     def abandon(self) -> None:
         """Drop everything gathered, as after an error."""
-        self.sums, self.below, self._units = {}, None, None
+        self.sums, self.below, self._units, self._callback = {}, None, None, False
         for layer in self.layers:
             layer.reset()
 

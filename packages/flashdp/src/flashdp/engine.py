@@ -216,6 +216,13 @@ class PrivacyEngine:
             # The optimizer itself is the first argument.
             if any(value is not None for value in (*args[1:], *kwargs.values())):
                 raise PrivacyError("a closure would run the batch again unaccounted; pass none")
+            held = (p for group in optimizer.param_groups for p in group["params"])
+            if strangers := [p for p in held if p.grad is not None and p not in self._parameters]:
+                raise PrivacyError(
+                    f"{len(strangers)} parameters of the optimizer, the first of shape "
+                    f"{tuple(strangers[0].shape)}, have a gradient that was not made private: they "
+                    "were unfrozen or added after make_private; decide what trains before it"
+                )
             self._before_step()
 
         def after_step(*_: Any) -> None:
@@ -270,8 +277,7 @@ class PrivacyEngine:
                 }  # fmt: skip
                 if current.first:
                     # A step that was broken off is drawn anew.
-                    self.collector.take()
-                    self.collector.below = None
+                    self.collector.abandon()
             self._last = bool(given.get("dp_last", True))
             self.collector.begin(self._units(args, rest, given))
         return args, rest

@@ -9,6 +9,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from flashdp.errors import PrivacyError
 from flashdp.records import TableRecord
 from flashdp.rules.base import Rule, open_use, register
 
@@ -52,6 +53,12 @@ class PrivateEmbedding(nn.Embedding):
             input = input.expand(units.rows, *input.shape[1:])
         elif units.row_dims == 1 and input.ndim == 1 and input.shape[0] != units.rows:
             input = input.expand(units.rows, -1)
+        elif input.ndim == 1 and units.rows > 1 and bool((input.diff() == 1).all()):
+            # Taken for one id per row, positions would carry every unit's gradient under each.
+            raise PrivacyError(
+                f"layer {use.layer.name!r} looks up consecutive ids, as many as the batch has "
+                "rows: give positions as (1, tokens), or ids of rows as (rows, 1)"
+            )
         return _Table.apply(input, self.weight, self.padding_idx, use)
 
 
