@@ -7,7 +7,6 @@ every optimizer step is accounted for before it is taken.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import logging
@@ -25,7 +24,6 @@ from flashdp.engine import PrivacyEngine
 from flashdp.errors import PrivacyError
 from flashdp.groups import AdaptiveThresholds
 from flashdp.loader import PoissonDataLoader, poisson_data_loader
-from flashdp.losses import loss_owner, unit_loss
 from flashdp.report import PrivacyReport, _replace
 from flashdp.trainer_checks import (
     check_loss,
@@ -37,7 +35,7 @@ from flashdp.trainer_checks import (
 from flashdp.trainer_epochs import Epochs, steps_for
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Hashable, Iterator, Sequence
+    from collections.abc import Hashable, Iterator, Sequence
 
     from torch import Tensor, nn
 
@@ -226,7 +224,7 @@ class DPTrainerMixin(_Base):
     ) -> Any:
         """Return the sum of the units' losses while training; otherwise as the trainer's."""
         if not (model.training and torch.is_grad_enabled()):
-            with self._stock_loss():
+            with self.engine.loss.paused():
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs.get("labels")
         loss, outputs = super().compute_loss(model, inputs, True, None)
@@ -245,20 +243,6 @@ class DPTrainerMixin(_Base):
                 "rows without a label change the mean over the batch: leave them out of the data"
             )
         return (loss, outputs) if return_outputs else loss
-
-    @contextlib.contextmanager
-    def _stock_loss(self) -> Generator[None]:
-        owner = loss_owner(self.model)
-        if owner.__dict__.get("_loss_function") is not unit_loss:
-            yield
-            return
-        del owner._loss_function
-        if self.engine._loss_function is not None:
-            owner.loss_function = self.engine._loss_function
-        try:
-            yield
-        finally:
-            owner.loss_function = unit_loss
 
     def _clip_grad_norm(self, model: nn.Module) -> None:
         """Nothing: there are no gradients before the optimizer's step makes private ones."""
