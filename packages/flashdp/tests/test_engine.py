@@ -342,6 +342,44 @@ def test_a_module_used_twice_is_clipped_once():
     assert_close(sums_of(engine), clipped(gradients, groups, thresholds), rtol=1e-6)
 
 
+def test_a_loss_over_the_tokens_of_a_batch_is_refused():
+    from transformers import BertConfig, BertForTokenClassification
+
+    config = BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=32,
+    )  # fmt: skip
+    model = BertForTokenClassification(config).eval()
+    own = model.loss_function
+    engine, _ = make(model)
+    ids = torch.randint(5, 50, (2, 8))
+    if model.loss_type == "ForTokenClassification":
+        with pytest.raises(PrivacyError, match="averages over the tokens"):
+            model.loss_function(torch.randn(2, 8, 2), ids % 2, config)
+    logits = model(input_ids=ids).logits
+    per_sample_loss(logits, ids % 2).sum().backward()
+    assert sums_of(engine)
+    engine.detach()
+    assert model.loss_function == own
+
+
+def test_the_loss_is_found_inside_wrappers():
+    from flashdp.losses import loss_owner, unit_loss
+
+    model = tiny_model("llama")
+
+    class Wrapper(nn.parallel.DistributedDataParallel):
+        def __init__(self, module):
+            nn.Module.__init__(self)
+            self.module = module
+
+    assert loss_owner(Wrapper(model)) is model
+    engine, _ = make(model)
+    assert model.loss_function is unit_loss
+    engine.detach()
+    assert model.loss_function is not unit_loss
+
+
 def test_a_longer_unit_changes_no_other_units_gradient():
     inputs = tiny_inputs("llama", batch=2)
     inputs["labels"] = inputs["labels"].clone()

@@ -14,7 +14,7 @@ from flashdp.attach import find_layers, restore, take_over
 from flashdp.collector import Collector
 from flashdp.errors import PrivacyError
 from flashdp.groups import AdaptiveThresholds, Calibration, make_groups
-from flashdp.losses import loss_owner, unit_loss
+from flashdp.losses import LossReplacement
 from flashdp.noise import NoiseSource
 from flashdp.report import report_of
 from flashdp.units import Units
@@ -244,11 +244,8 @@ class PrivacyEngine:
             self._removers.append(param.register_post_accumulate_grad_hook(hook))
         self._removers.append(optimizer.register_step_pre_hook(before_step))
         self._removers.append(optimizer.register_step_post_hook(after_step))
-        causal: Any = loss_owner(model)
-        # transformers takes a model whose class it has no loss for to be a causal one.
-        if hasattr(causal, "loss_function") and causal.loss_type in (None, "ForCausalLM"):
-            self._loss_function = causal.__dict__.get("_loss_function")
-            causal.loss_function = unit_loss
+        self.loss = LossReplacement(model)
+        self._removers.append(self.loss)
 
     def detach(self) -> None:
         """Give the model and the optimizer back as they were; what was gathered is dropped."""
@@ -257,11 +254,6 @@ class PrivacyEngine:
         for remover in self._removers:
             remover.remove()
         restore(self._model)
-        causal: Any = loss_owner(self._model)
-        if causal.__dict__.get("_loss_function") is unit_loss:
-            del causal._loss_function
-            if self._loss_function is not None:
-                causal.loss_function = self._loss_function
         self._removers, self._model, self.collector = [], None, None
 
     # -- a step ----------------------------------------------------------------------------------

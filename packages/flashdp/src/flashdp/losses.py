@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
+from torch import nn
 from torch.nn import functional
 
+from flashdp.errors import PrivacyError
+
 if TYPE_CHECKING:
+    from collections.abc import Generator
+
     from torch import Tensor
 
-__all__ = ["loss_owner", "per_sample_loss", "unit_loss"]
+__all__ = ["LossReplacement", "loss_owner", "per_sample_loss", "unit_loss"]
 
 
 def per_sample_loss(
@@ -68,5 +74,52 @@ def unit_loss(
 
 
 def loss_owner(model: Any) -> Any:
-    """Return the model whose ``loss_function`` a forward calls: inside PEFT's wrapper, if any."""
+    """Return the model whose ``loss_function`` a forward calls: inside DDP and PEFT."""
+    while isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _refused_loss(*args: Any, **kwargs: Any) -> Tensor:
+    raise PrivacyError(
+        "this model's own loss averages over the tokens of the whole batch, so that one unit's "
+        "length changes the others' gradients: call the model without labels, and use "
+        "flashdp.per_sample_loss(logits, labels).sum()"
+    )
+
+
+# transformers takes a model whose class it has no loss for to be a causal one.
+_PER_UNIT = (None, "ForCausalLM")
+# Means over rows, which loss_reduction="mean" undoes.
+_PER_ROW = ("ForSequenceClassification", "ForImageClassification")
+
+
+class LossReplacement:
+    """A transformers model with a loss that is a sum over units, until :meth:`remove`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Replace the loss of a causal model; one over all tokens of a batch is made to refuse."""
+        self._owner = loss_owner(model)
+        kind = getattr(self._owner, "loss_type", None)
+        self._replaced = hasattr(self._owner, "loss_function") and kind not in _PER_ROW
+        self._before = vars(self._owner).get("_loss_function")
+        if self._replaced:
+            self._owner.loss_function = unit_loss if kind in _PER_UNIT else _refused_loss
+
+    @contextmanager
+    def paused(self) -> Generator[None]:
+        """Let the model have its own loss inside a ``with`` block, as for an evaluation."""
+        current = vars(self._owner).get("_loss_function")
+        self.remove()
+        try:
+            yield
+        finally:
+            if self._replaced:
+                self._owner.loss_function = current
+
+    def remove(self) -> None:
+        """Give the model its own loss back."""
+        if self._replaced:
+            vars(self._owner).pop("_loss_function", None)
+            if self._before is not None:
+                self._owner.loss_function = self._before
