@@ -9,7 +9,6 @@ import pytest
 import torch
 from dp_accounting import pld
 from flashdp import DPTrainer, PrivacyArguments, PrivacyError, PrivacyReport
-from flashdp.losses import unit_loss
 from shared_kernels.testing.models import tiny_inputs, tiny_model
 from transformers import TrainingArguments
 
@@ -209,13 +208,15 @@ def test_the_loss_is_logged_only_if_asked_for(tmp_path):
 
 def test_evaluation_is_the_stock_one(tmp_path):
     trainer = make(tmp_path, eval_dataset=DATA[:4], eval_strategy="steps", eval_steps=3)
-    trainer.train()
     batch = {key: value[:4] for key, value in INPUTS.items()}
+    untrained = float(model_of()(**batch).loss.detach())
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(untrained, rel=1e-5)
+    trainer.train()
     expected = float(trainer.model.eval()(**batch).loss.detach())
-    logged = [e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e]
+    logged = [e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e][-1:]
     assert logged == [pytest.approx(expected, rel=1e-5)]
     assert trainer.evaluate()["eval_loss"] == logged[0]
-    assert trainer.model.__dict__.get("_loss_function") is not unit_loss
+    assert float(trainer.model(**batch).loss.detach()) == pytest.approx(logged[0], rel=1e-5)
 
 
 # -- checkpoints -----------------------------------------------------------------------------------

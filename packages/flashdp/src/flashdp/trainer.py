@@ -7,6 +7,7 @@ every optimizer step is accounted for before it is taken.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import logging
@@ -224,7 +225,8 @@ class DPTrainerMixin(_Base):
     ) -> Any:
         """Return the sum of the units' losses while training; otherwise as the trainer's."""
         if not (model.training and torch.is_grad_enabled()):
-            with self.engine.loss.paused():
+            attached = self.engine._model is not None
+            with self.engine.loss.paused() if attached else contextlib.nullcontext():
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs.get("labels")
         loss, outputs = super().compute_loss(model, inputs, True, None)
