@@ -482,6 +482,29 @@ def test_uncovered_parameters_are_refused_by_name():
         make(Odd())
 
 
+class Curve(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weights = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x):
+        return torch.sin(x @ self.weights)
+
+
+def test_the_fallback_is_asked_for_and_gives_the_sums_of_a_loop():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), Curve()).double()
+    plain, x = copy.deepcopy(model), torch.randn(3, 5, 4, dtype=torch.float64)
+    with pytest.raises(PrivacyError, match="no rule covers a Curve"):
+        make(copy.deepcopy(model))
+    engine, _ = make(model, fallback=True, max_grad_norm=0.4)
+    model(x).square().sum().backward()
+    gradients = unit_gradients(plain, lambda m, i: m(x[i : i + 1]).square(), range(3))
+    groups, thresholds = names_of(engine), engine.calibration.thresholds.double().tolist()
+    assert_close(sums_of(engine), clipped(gradients, groups, thresholds), rtol=1e-8)
+    assert engine.coverage["1.weights"] == "vmap fallback"
+
+
 def test_batch_norm_is_refused():
     with pytest.raises(PrivacyError, match=r"BatchNorm1d mixes the units"):
         make(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)))

@@ -110,12 +110,14 @@ class LossReplacement:
     def paused(self) -> Generator[None]:
         """Let the model have its own loss inside a ``with`` block, as for an evaluation."""
         current = vars(self._owner).get("_loss_function")
+        if current not in (unit_loss, _refused_loss):
+            yield
+            return
         self.remove()
         try:
             yield
         finally:
-            if self._replaced:
-                self._owner.loss_function = current
+            self._owner.loss_function = current
 
     def remove(self) -> None:
         """Give the model its own loss back."""

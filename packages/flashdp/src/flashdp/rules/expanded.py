@@ -167,11 +167,11 @@ def _vmapped(module: Any, copies: dict[str, torch.Tensor], *args: Any) -> Any:
     """Run a module row by row, each with its own copies."""
 
     def one(mine: dict[str, torch.Tensor], *row: torch.Tensor) -> Any:
-        call = super(type(module), module).forward
+        call = type(module)._dp_original.forward
         own = module._parameters
         object.__setattr__(module, "_parameters", {**own, **mine})
         try:
-            return call(*(r.unsqueeze(0) for r in row)).squeeze(0)
+            return call(module, *(r.unsqueeze(0) for r in row)).squeeze(0)
         finally:
             object.__setattr__(module, "_parameters", own)
 
