@@ -141,7 +141,7 @@ def _workload(device, name, dtype, tokens):
     # 32-bit weights are written back at every step in any case.
     if store == "bf16":
         add("zo2", ours)
-    add("zo2, embeddings streamed too", lambda: ours(blocks=EVERYTHING))
+    add("zo2, embeddings streamed too", lambda: ours(blocks=EVERYTHING, prefetch=1))
 
     def check():
         assert all(torch.isfinite(engine.estimate(objective).loss) for engine in engines)
