@@ -106,6 +106,27 @@ def test_replay_of_thousands_of_records(cuda):
     assert_same_bits(gpu.cpu(), master)
 
 
+def test_rows_of_any_alignment_share_one_compilation(cuda, monkeypatch):
+    """Each step takes its rows at another address; a compilation would stop it for a second."""
+    import triton
+
+    master, _, (tiles, keys, coefs) = make("fp32", records=9)
+    master, tiles, keys, coefs = (t.to(cuda) for t in (master, tiles, keys, coefs))
+    plus = torch.empty_like(master)
+
+    def step(row: int) -> None:
+        rows = slice(row, row + 1)
+        zo_materialize(master, tiles, keys[rows], coefs[rows], perturb=PERTURB, plus=plus)
+
+    step(0)
+    compiled = []
+    hook = lambda *args, **kwargs: compiled.append(kwargs["repr"])  # noqa: E731
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", hook)
+    for row in range(1, 9):
+        step(row)
+    assert not compiled
+
+
 def test_capture_in_a_graph(cuda):
     master, _, rest = make("fp32")
     master, rest = master.to(cuda), [t.to(cuda) for t in rest]

@@ -51,7 +51,9 @@ def _fold(master_ptr, lo_ptr, offset, mask, y, dither, STOCHASTIC: tl.constexpr)
         "eps",
         "dither_low",
         "dither_high",
-    ]
+    ],
+    # Rows of a table start at any address; each alignment would be a compilation in mid-run.
+    do_not_specialize_on_alignment=["tiles_ptr", "keys_ptr", "coefs_ptr"],
 )
 def zo_kernel(
     master_ptr,
