@@ -20,8 +20,8 @@ def op_arguments(case: UnitRows, impl: str) -> dict:
     return {
         "gram_norm": (op.gram_norm, (a, g, cu, True, None, impl)),
         "token_gram_norm": (op.token_gram_norm, (tokens, g, cu, 1, None, impl)),
-        "mm_norm": (op.mm_norm, (a, g, cu, True, impl)),
-        "scaled_mm": (op.scaled_mm_, (a, g, cu, scale, out, bias_out, impl)),
+        "mm_norm": (op.mm_norm, (a, g, cu, True, 1, impl)),
+        "scaled_mm": (op.scaled_mm_, (a, g, cu, scale, out, bias_out, 1, impl)),
         "mm_clip": (op.mm_clip_, (a, g, cu, threshold, out, bias_out, *clip, impl)),
         "sums": (op.sums, (a, None, cu, impl)),
         "product_sums": (op.sums, (g, g.clone(), cu, impl)),

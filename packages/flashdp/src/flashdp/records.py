@@ -77,13 +77,18 @@ class MatrixRecord:
                 self.a, self.g, self.cu, bias=bias, max_seqlen=units.longest * self.per_row
             )
             return _upper(n2, absolute, self.cu, self.a.shape[1], self.g.shape[1])
-        return segment_mm_norm(self.a, self.g, self.cu, bias=bias)
+        return segment_mm_norm(
+            self.a, self.g, self.cu, bias=bias, row_multiple=max(1, self.per_row)
+        )
 
     def accumulate(self, names: Sequence[str], scale: Tensor, sums: Mapping[str, Tensor]) -> None:
         """Add every unit's gradient times its scale."""
         bias = sums[self.bias] if self.bias in names else None
         if self.weight in names:
-            segment_scaled_mm(self.a, self.g, self.cu, scale, self._out(sums), bias_out=bias)
+            segment_scaled_mm(
+                self.a, self.g, self.cu, scale, self._out(sums), bias_out=bias,
+                row_multiple=max(1, self.per_row),
+            )  # fmt: skip
         elif bias is not None:
             bias += _weighted(segment_sums(self.g, self.cu), scale)
 

@@ -97,3 +97,13 @@ def check_equal(equal: bool, g: Tensor, cu_seqlens: Tensor) -> None:
     units = cu_seqlens.shape[0] - 1
     if equal and (g.shape[0] % units if units else g.shape[0]):
         raise ValueError(message("equal", f"rows divisible by {units} units", g, "pass False"))
+
+
+def check_multiple(row_multiple: int, cu_seqlens: Tensor) -> None:
+    """Check the promise about boundaries: its sign, and on the CPU its truth."""
+    if row_multiple < 1:
+        raise ValueError(message("row_multiple", "at least 1", row_multiple, "leave it out"))
+    if row_multiple > 1 and cu_seqlens.device.type == "cpu" and (cu_seqlens % row_multiple).any():
+        raise ValueError(
+            message("cu_seqlens", f"multiples of {row_multiple}", cu_seqlens, "promise less")
+        )

@@ -1,4 +1,8 @@
-"""Launches of the kernels: grids, configurations and the second stages of the sums."""
+"""Launches of the kernels: grids, configurations and the second stages of the sums.
+
+16-bit matrices with aligned rows go to the kernels of `tma.py` on Hopper and later; a product needs
+the promise that no block of rows holds two units besides. Everything else goes to `triton.py`.
+"""
 
 import functools
 from collections.abc import Mapping
@@ -40,6 +44,13 @@ PRODUCT_CONFIGS = {
         for depth, warps in ((32, 4), (16, 4), (32, 8))
     ),
 }  # fmt: skip
+#: The same over tensor descriptors. Two accumulators of 128 x 256 would not fit the registers.
+TMA_GRAM = {"BT": 128, "BK": 64, "num_warps": 8, "num_stages": 4}
+TMA_PRODUCT = {"BP": 128, "BD": 256, "GROUP": 8, "num_warps": 8, "num_stages": 3}
+#: Depths of a step, which divide the length of every unit.
+TMA_DEPTHS = (64, 32, 16)
+#: Units that one program can rank, and programs that fill a large GPU once.
+_RANKED, _ONE_WAVE = 1024, 132
 #: Programs that fill a large GPU twice. A constant, so that sums do not depend on the GPU.
 _PROGRAMS = 264
 #: What a chunk of products should fit (a second-level cache), and must fit.
@@ -72,6 +83,30 @@ def _kernels(*tensors: Tensor | None) -> Any:
     return triton
 
 
+def _wide(*matrices: Tensor) -> bool:
+    """Whether tensor descriptors can describe these matrices."""
+    return all(
+        m.shape[0] > 0
+        and m.shape[1] > 0
+        and m.stride(1) == 1
+        and m.stride(0) * m.element_size() % 16 == 0
+        and m.data_ptr() % 16 == 0
+        and (interpreting() or (m.element_size() == 2 and _capability(m.device) >= (9, 0)))
+        for m in matrices
+    )
+
+
+def _descriptor(matrix: Tensor, rows: int, columns: int) -> Any:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(matrix, [rows, columns])
+
+
+def _depth(row_multiple: int) -> int | None:
+    """Return the depth of a step that no unit's boundary falls into."""
+    return next((depth for depth in TMA_DEPTHS if row_multiple % depth == 0), None)
+
+
 def _ceil(numerator: int, denominator: int) -> int:
     return -(-numerator // denominator)
 
@@ -92,6 +127,9 @@ def _gram(
     kernel = _kernels(first, g).gram_kernel
     units, longest = cu_seqlens.shape[0] - 1, g.shape[0] if max_seqlen is None else max_seqlen
     width = 0 if first.dim() == 1 else first.shape[1]
+    if units and _wide(g, *([first] if width else [])):
+        with torch.cuda.device_of(g):
+            return _wide_gram(first, g, cu_seqlens, longest, **options)
 
     def launch(config: Mapping[str, int]) -> tuple[Tensor, Tensor]:
         blocks = _ceil(longest, config["BT"])
@@ -122,6 +160,38 @@ def _gram(
         return launch(choose(op, kind, GRAM_CONFIGS[g.element_size()], launch))
 
 
+def _wide_gram(
+    first: Tensor, g: Tensor, cu_seqlens: Tensor, longest: int, *, padding: int, **options: bool
+) -> tuple[Tensor, Tensor]:
+    from shared_kernels.ops.dp import tma
+
+    kernel: Any = tma.gram_kernel
+    units, tokens = cu_seqlens.shape[0] - 1, first.dim() == 1
+    config = TMA_GRAM | ({"BT": 64, "num_warps": 4} if longest <= 64 else {})
+    blocks = _ceil(longest, config["BT"])
+    parts = max(1, min(blocks * (blocks + 1) // 2, _ceil(2 * _PROGRAMS, units)))
+    n2 = g.new_empty(units, parts, dtype=torch.float32)
+    absolute = torch.empty_like(n2)
+    outputs = _descriptor(g, config["BT"], config["BK"])
+    inputs = outputs if tokens else _descriptor(first, config["BT"], config["BK"])
+    kernel[(units * parts,)](
+        inputs,
+        outputs,
+        first if tokens else cu_seqlens,
+        cu_seqlens,
+        n2,
+        absolute,
+        0 if tokens else first.shape[1],
+        g.shape[1],
+        parts,
+        padding,
+        WIDEN=interpreting(),
+        **options,
+        **config,
+    )
+    return n2.sum(1), absolute.sum(1)
+
+
 def gram_norm(
     a: Tensor, g: Tensor, cu_seqlens: Tensor, bias: bool, max_seqlen: int | None
 ) -> tuple[Tensor, Tensor]:
@@ -147,10 +217,10 @@ def _tiles(a: Tensor, g: Tensor, config: Mapping[str, int]) -> int:
     return _ceil(g.shape[1], config["BP"]) * _ceil(a.shape[1], config["BD"])
 
 
-def mm_norm(a: Tensor, g: Tensor, cu_seqlens: Tensor, bias: bool) -> Tensor:
-    """See `reference.mm_norm`."""
+def mm_norm(a: Tensor, g: Tensor, cu_seqlens: Tensor, bias: bool, row_multiple: int) -> Tensor:
+    """See `reference.mm_norm`; NaN for all units if a boundary breaks the promise."""
     kernel = _kernels(a, g).mm_norm_kernel
-    units = cu_seqlens.shape[0] - 1
+    units, depth = cu_seqlens.shape[0] - 1, _depth(row_multiple)
 
     def launch(config: Mapping[str, int]) -> Tensor:
         squares = g.new_empty(units, _tiles(a, g, config), dtype=torch.float32)
@@ -169,18 +239,46 @@ def mm_norm(a: Tensor, g: Tensor, cu_seqlens: Tensor, bias: bool) -> Tensor:
             )
         return squares.sum(1)
 
+    def wide(depth: int) -> Tensor:
+        from shared_kernels.ops.dp import tma
+
+        kernel: Any = tma.mm_norm_kernel
+        squares = g.new_empty(units, _tiles(a, g, TMA_PRODUCT), dtype=torch.float32)
+        kernel[(squares.numel(),)](
+            _descriptor(a, depth, TMA_PRODUCT["BD"]),
+            _descriptor(g, depth, TMA_PRODUCT["BP"]),
+            cu_seqlens,
+            squares,
+            a.shape[1],
+            g.shape[1],
+            WIDEN=interpreting(),
+            BK=depth,
+            **TMA_PRODUCT,
+        )
+        return torch.where((cu_seqlens % depth == 0).all(), squares.sum(1), float("nan"))
+
     with torch.cuda.device_of(g):
         kind = _kind(g, a.shape[1], g.shape[1], g.shape[0], units)
-        n2 = launch(choose("segment_mm_norm", kind, PRODUCT_CONFIGS[g.element_size()], launch))
+        if depth is not None and units and _wide(a, g):
+            n2 = wide(depth)
+        else:
+            configs = PRODUCT_CONFIGS[g.element_size()]
+            n2 = launch(choose("segment_mm_norm", kind, configs, launch))
     return n2 + sums(g, None, cu_seqlens).square_().sum(1) if bias else n2
 
 
 def scaled_mm(
-    a: Tensor, g: Tensor, cu_seqlens: Tensor, scale: Tensor, out: Tensor, bias_out: Tensor | None
+    a: Tensor,
+    g: Tensor,
+    cu_seqlens: Tensor,
+    scale: Tensor,
+    out: Tensor,
+    bias_out: Tensor | None,
+    row_multiple: int,
 ) -> None:
-    """See `reference.scaled_mm`."""
+    """See `reference.scaled_mm`; the sum is NaN if a boundary breaks the promise."""
     kernel = _kernels(a, g).scaled_mm_kernel
-    units, rows = cu_seqlens.shape[0] - 1, g.shape[0]
+    units, rows, depth = cu_seqlens.shape[0] - 1, g.shape[0], _depth(row_multiple)
 
     def launch(config: Mapping[str, int], out: Tensor) -> None:
         tiles = _tiles(a, g, config)
@@ -211,13 +309,53 @@ def scaled_mm(
                 out += parts.sum(0)
 
     with torch.cuda.device_of(g):
-        kind = _kind(g, a.shape[1], g.shape[1], rows, units)
-        configs = PRODUCT_CONFIGS[g.element_size()]
-        # candidates are timed on a copy, because they add to the output
-        trial = lambda config: launch(config, out.clone())  # noqa: E731
-        launch(choose("segment_scaled_mm", kind, configs, trial), out)
+        if depth is not None and 0 < units <= _RANKED and _wide(a, g):
+            _wide_scaled_mm(a, g, cu_seqlens, scale, out, depth)
+        else:
+            kind = _kind(g, a.shape[1], g.shape[1], rows, units)
+            configs = PRODUCT_CONFIGS[g.element_size()]
+            # candidates are timed on a copy, because they add to the output
+            trial = lambda config: launch(config, out.clone())  # noqa: E731
+            launch(choose("segment_scaled_mm", kind, configs, trial), out)
     if bias_out is not None:
         _add_scaled(sums(g, None, cu_seqlens), scale, bias_out)
+
+
+def _wide_scaled_mm(
+    a: Tensor, g: Tensor, cu_seqlens: Tensor, scale: Tensor, out: Tensor, depth: int
+) -> None:
+    from shared_kernels.ops.dp import tma
+
+    if out.stride(0) == 1 or a.shape[1] < TMA_PRODUCT["BD"] <= g.shape[1]:
+        # the wide side of a tile lies along the output's rows
+        a, g, out = g, a, out.t()
+    units, tiles = cu_seqlens.shape[0] - 1, _tiles(a, g, TMA_PRODUCT)
+    order = cu_seqlens.new_empty(units + 1)
+    block = 1 << max(units - 1, 0).bit_length()
+    rank: Any = tma.order_kernel
+    rank[(1,)](scale, cu_seqlens, order, units, MULTIPLE=depth, BLOCK=block, num_warps=4)
+    splits = max(1, min(units, _ONE_WAVE // tiles))
+    parts = out[None] if splits == 1 else out.new_empty(splits, *out.shape)
+    kernel: Any = tma.scaled_mm_kernel
+    kernel[(tiles * splits,)](
+        _descriptor(a, depth, TMA_PRODUCT["BD"]),
+        _descriptor(g, depth, TMA_PRODUCT["BP"]),
+        cu_seqlens,
+        order,
+        scale,
+        parts,
+        units,
+        a.shape[1],
+        g.shape[1],
+        *parts.stride(),
+        splits,
+        ADD=splits == 1,
+        WIDEN=interpreting(),
+        BK=depth,
+        **TMA_PRODUCT,
+    )
+    if splits > 1:
+        out += parts.sum(0)
 
 
 def _add_scaled(values: Tensor, scale: Tensor, out: Tensor) -> None:

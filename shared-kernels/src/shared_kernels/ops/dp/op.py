@@ -45,14 +45,14 @@ token_gram_norm = declare(
     unsupported=launch.unsupported,
 )
 mm_norm = declare(
-    "segment_mm_norm(Tensor a, Tensor g, Tensor cu_seqlens, bool bias) -> Tensor",
+    "segment_mm_norm(Tensor a, Tensor g, Tensor cu_seqlens, bool bias, SymInt row_multiple) -> Tensor",
     implementations={"reference": reference.mm_norm, "triton": launch.mm_norm},
     fake=_fake_norms,
     unsupported=launch.unsupported,
 )
 scaled_mm_ = declare(
     "segment_scaled_mm_(Tensor a, Tensor g, Tensor cu_seqlens, Tensor scale, Tensor(a!) out,"
-    " Tensor(b!)? bias_out) -> ()",
+    " Tensor(b!)? bias_out, SymInt row_multiple) -> ()",
     implementations={"reference": reference.scaled_mm, "triton": launch.scaled_mm},
     fake=_fake_nothing,
     unsupported=launch.unsupported,

@@ -171,7 +171,7 @@ def token_gram_norm(
     return n2, absolute
 
 
-def mm_norm(a: Tensor, g: Tensor, cu_seqlens: Tensor, bias: bool) -> Tensor:
+def mm_norm(a: Tensor, g: Tensor, cu_seqlens: Tensor, bias: bool, row_multiple: int) -> Tensor:
     """Return ``|G_i^T A_i|^2 (+ |b_i|^2)``, forming a block of rows of the product at a time."""
     dtype = accumulate_dtype(g.dtype)
     n2 = g.new_zeros(cu_seqlens.shape[0] - 1, dtype=dtype)
@@ -188,7 +188,13 @@ def mm_norm(a: Tensor, g: Tensor, cu_seqlens: Tensor, bias: bool) -> Tensor:
 
 
 def scaled_mm(
-    a: Tensor, g: Tensor, cu_seqlens: Tensor, scale: Tensor, out: Tensor, bias_out: Tensor | None
+    a: Tensor,
+    g: Tensor,
+    cu_seqlens: Tensor,
+    scale: Tensor,
+    out: Tensor,
+    bias_out: Tensor | None,
+    row_multiple: int,
 ) -> None:
     """Add ``sum_i c_i G_i^T A_i`` to ``out`` and ``sum_i c_i b_i`` to ``bias_out``.
 
