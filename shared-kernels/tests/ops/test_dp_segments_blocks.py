@@ -1,4 +1,4 @@
-"""Kernels over tensor descriptors: units made of whole blocks of rows, matrices that are aligned."""
+"""Kernels over tensor descriptors: units of whole blocks of rows, matrices that are aligned."""
 
 import pytest
 import torch
@@ -101,7 +101,7 @@ SCALES = {
 
 @pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES.keys())
 def test_any_scales(place, scale):
-    """The accumulator is rescaled from unit to unit; rows of a unit with scale 0 may be anything."""
+    """The sum is rescaled from unit to unit; rows of a unit with scale 0 may be anything."""
     dtype, device = place
     units = make_units([64, 16, 48, 32], 24, 40, dtype)
     units = units._replace(scale=torch.tensor(scale))

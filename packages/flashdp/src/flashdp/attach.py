@@ -85,6 +85,7 @@ def find_issues(model: nn.Module, *, fallback: bool = False) -> list[Issue]:
                     "replace it, for instance by nn.GroupNorm, or freeze it in eval mode",
                 )
             )
+    probed: dict[Any, str | None] = {}
     for name, module, own in _owners(model):
         if isinstance(module, _MIXING):
             continue
@@ -92,7 +93,10 @@ def find_issues(model: nn.Module, *, fallback: bool = False) -> list[Issue]:
         if rule is None:
             shown = [f"{name}.{n}" if name else n for n in own]
             issues.append(Issue(", ".join(shown), why, _COVER))
-        elif rule is not FALLBACK and (difference := _probe(module, rule, own)) is not None:
+            continue
+        if rule is FALLBACK:
+            continue
+        if (difference := _probed(module, rule, own, probed)) is not None:
             issues.append(
                 Issue(
                     name,
@@ -155,6 +159,23 @@ def _twin(module: nn.Module) -> nn.Module:
     for param in twin.parameters():
         param.requires_grad_(False)
     return twin
+
+
+def _probed(
+    module: nn.Module, rule: Rule, own: list[str], known: dict[Any, str | None]
+) -> str | None:
+    """Return what `_probe` says, once for modules that nothing tells apart."""
+    values = {n: v for n, v in vars(module).items() if not n.startswith("_") and n != "training"}
+    plain = all(isinstance(v, bool | int | float | str | tuple | None) for v in values.values())
+    hooked = any(v for n, v in vars(module).items() if n.endswith("_hooks"))
+    if not plain or hooked or any(True for _ in module.children()):
+        return _probe(module, rule, own)
+    shapes = [(n, None if p is None else p.shape) for n, p in module._parameters.items()]
+    shapes += [(n, None if b is None else b.shape) for n, b in module._buffers.items()]
+    key = (type(module), rule.name, tuple(own), repr(shapes), repr(sorted(values.items())))
+    if key not in known:
+        known[key] = _probe(module, rule, own)
+    return known[key]
 
 
 def _probe(module: nn.Module, rule: Rule, own: list[str]) -> str | None:

@@ -71,8 +71,9 @@ _WALK = (
     " sum as standard deviation, so that sqrt(k) epsilons are six of them"
 )
 _DRIFT = (
-    "tensor cores cut sums off where others round: of 16 products and the running sum, which is half"
-    " the last one on average where all terms have one sign, at most 16 quarter epsilons and one"
+    "tensor cores cut sums off where others round: of 16 products and the running sum, which is"
+    " half the last one on average where all terms have one sign, at most 16 quarter epsilons and"
+    " one"
 )
 SUM_TOLERANCES: Final[dict[str, SumTolerance]] = {
     "dp.gram": SumTolerance(

@@ -45,7 +45,8 @@ token_gram_norm = declare(
     unsupported=launch.unsupported,
 )
 mm_norm = declare(
-    "segment_mm_norm(Tensor a, Tensor g, Tensor cu_seqlens, bool bias, SymInt row_multiple) -> Tensor",
+    "segment_mm_norm(Tensor a, Tensor g, Tensor cu_seqlens, bool bias, SymInt row_multiple)"
+    " -> Tensor",
     implementations={"reference": reference.mm_norm, "triton": launch.mm_norm},
     fake=_fake_norms,
     unsupported=launch.unsupported,
