@@ -355,6 +355,32 @@ def test_clip_factors():
     assert float(clipped.max()) <= 0.3 < float(clipped.max()) * (1 + 2.0**-14)
 
 
+@pytest.mark.parametrize("clipping", ["abadi", "automatic"])
+@pytest.mark.parametrize("threshold", [0.3, float("inf")])
+def test_kernel_of_the_factors_is_the_reference(kernel_device, clipping, threshold):
+    n2 = torch.tensor([0.0, 1e-40, 0.09, 4.0, 1e30, 3e38, float("inf"), float("nan"), -1e-9])
+    n2 = torch.cat([n2, torch.rand(1000)])
+    if clipping == "automatic":
+        threshold = min(threshold, 1e30)
+    got = dp.clip_factors(n2.to(kernel_device), threshold, clipping, impl="triton").cpu()
+    expected = dp.clip_factors(n2, threshold, clipping, impl="reference")
+    torch.testing.assert_close(got, expected, rtol=2.0**-22, atol=0)
+    assert got[6:9].tolist() == [0, 0, 0]
+
+
+def test_kernel_of_certified_norms_is_the_reference(kernel_device):
+    n2 = torch.tensor([-1.0, 0.0, 2.0, float("nan"), -float("inf"), float("inf")])
+    absolute = torch.tensor([3.0, 0.0, 2.0, float("nan"), float("inf"), float("inf")])
+    cu = torch.tensor([0, 1, 1, 700, 701, 702, 703], dtype=torch.int32)
+    args = [t.to(kernel_device) for t in (n2, absolute, cu)]
+    got = dp.certified_norm(*args, 64, 96, impl="triton").cpu()
+    expected = dp.certified_norm(n2, absolute, cu, 64, 96, impl="reference")
+    torch.testing.assert_close(got, expected, rtol=2.0**-22, atol=0, equal_nan=True)
+    bound = dp.gram_error_bound(absolute, cu, 64, 96)
+    torch.testing.assert_close(got[:3], n2[:3].clamp(min=0) + bound[:3])
+    assert not got[3:].isfinite().any()
+
+
 def test_length_of_the_longest_unit_is_only_a_hint(variant):
     impl, dtype, device = variant
     case = make_units([130, 0, 7], 5, 7, dtype).on(device)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from shared_kernels.ops import dp
-from shared_kernels.ops.dp import launch
+from shared_kernels.ops.dp import launch, wide
 from shared_kernels.testing import assert_same_bits
 from shared_kernels.testing.segments import (
     assert_gram_norm,
@@ -78,7 +78,7 @@ def test_token_norm_is_the_reference_s(case, padding_idx):
 @pytest.mark.parametrize("wave", [1, 132])
 def test_scaled_sum(case, layout, wave, monkeypatch):
     """In one part, and in as many as units."""
-    monkeypatch.setattr(launch, "_ONE_WAVE", wave)
+    monkeypatch.setattr(wide, "ONE_WAVE", wave)
     out, bias_out = case.outputs(layout)
     dp.segment_scaled_mm(
         case.a, case.g, case.cu, case.scale, out, bias_out=bias_out, row_multiple=16, impl="triton"
@@ -138,6 +138,21 @@ def test_a_broken_promise_is_nan(place):
     out, _ = units.outputs()
     dp.segment_scaled_mm(units.a, units.g, units.cu, units.scale, out, row_multiple=16)
     assert out.isnan().all()
+
+
+@pytest.mark.parametrize("clipping", ["abadi", "automatic"])
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_clipped_sum(place, clipping, chunk, monkeypatch):
+    """Norms taken while the products are written; a last chunk with fewer units."""
+    dtype, device = place
+    monkeypatch.setattr(launch, "_products", None)
+    units = make_units([32] * 5, 264, 136, dtype).on(device)
+    for layout in ("contiguous", "transposed", "gaps"):
+        out, bias_out = units.outputs(layout)
+        options = {"clipping": clipping, "chunk": chunk, "equal": True, "impl": "triton"}
+        n2 = dp.segment_mm_clip(units.a, units.g, units.cu, 90.0, out, bias_out=bias_out, **options)
+        assert_mm_norm(units, n2, bias=True)
+        assert_scaled_sum(units, dp.clip_factors(n2, 90.0, clipping), out, bias_out)
 
 
 def test_twice_the_same_bits(case):

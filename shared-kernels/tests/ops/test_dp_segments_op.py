@@ -25,6 +25,8 @@ def op_arguments(case: UnitRows, impl: str) -> dict:
         "mm_clip": (op.mm_clip_, (a, g, cu, threshold, out, bias_out, *clip, impl)),
         "sums": (op.sums, (a, None, cu, impl)),
         "product_sums": (op.sums, (g, g.clone(), cu, impl)),
+        "clip_factors": (op.clip_factors, (scale, threshold, "abadi", 0.01, impl)),
+        "certified_norm": (op.certified_norm, (scale - 0.5, scale, cu, 5, 7, impl)),
         "embedding": (op.embedding_accumulate_, (tokens, g, cu, scale, table, None, impl)),
     }
 

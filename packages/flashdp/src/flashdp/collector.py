@@ -289,7 +289,7 @@ class Collector:
                     terms.append(record.norm2(names, units, strategy))
             if not terms:
                 continue
-            n2 = torch.stack(terms).sum(0)
+            n2 = _sum(terms)
             shared = any(part.layer.parameter(local) in self._shared for local in part.names)
             (tied if shared else plain).append(n2)
         if len(tied) > 1:
@@ -297,7 +297,7 @@ class Collector:
             plain.append(torch.stack(tied).clamp(min=0).sqrt().sum(0).square())
         else:
             plain += tied
-        return torch.stack(plain).sum(0)
+        return _sum(plain)
 
     def _count_below(self, group: Group, n2: Tensor, threshold: Tensor, units: Units) -> None:
         if self.below is None:
@@ -318,6 +318,10 @@ class Collector:
         self.sums, self.below, self._units, self._callback = {}, None, None, False
         for layer in self.layers:
             layer.reset()
+
+
+def _sum(terms: Sequence[Tensor]) -> Tensor:
+    return terms[0] if len(terms) == 1 else torch.stack(tuple(terms)).sum(0)
 
 
 def _names(record: object, part: Part) -> tuple[str, ...]:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from shared_kernels.ops.dp import (
+    certified_norm,
     embedding_accumulate,
-    gram_error_bound,
     segment_gram_norm,
     segment_mm_clip,
     segment_mm_norm,
@@ -30,15 +30,6 @@ if TYPE_CHECKING:
     from flashdp.units import Units
 
 __all__ = ["MatrixRecord", "RowsRecord", "TableRecord", "join"]
-
-
-def _upper(n2: Tensor, absolute: Tensor, cu: Tensor, features: int, outputs: int) -> Tensor:
-    """Bound a Gram norm from above.
-
-    Products of cancelling tokens lose digits, and a norm that comes out too small would leave its
-    unit under-clipped; the largest error that rounding can make is added.
-    """
-    return n2.clamp(min=0) + gram_error_bound(absolute, cu, features, outputs)
 
 
 @dataclass
@@ -76,7 +67,7 @@ class MatrixRecord:
             n2, absolute = segment_gram_norm(
                 self.a, self.g, self.cu, bias=bias, max_seqlen=units.longest * self.per_row
             )
-            return _upper(n2, absolute, self.cu, self.a.shape[1], self.g.shape[1])
+            return certified_norm(n2, absolute, self.cu, self.a.shape[1], self.g.shape[1])
         return segment_mm_norm(
             self.a, self.g, self.cu, bias=bias, row_multiple=max(1, self.per_row)
         )
@@ -140,7 +131,7 @@ class TableRecord:
         n2, absolute = segment_token_gram_norm(
             self.tokens, self.g, self.cu, max_seqlen=units.longest * self.per_row
         )
-        return _upper(n2, absolute, self.cu, 0, self.g.shape[1])
+        return certified_norm(n2, absolute, self.cu, 0, self.g.shape[1])
 
     def accumulate(self, names: Sequence[str], scale: Tensor, sums: Mapping[str, Tensor]) -> None:
         """Add every unit's gradient times its scale."""

@@ -1,6 +1,7 @@
 """Differential privacy: clipped sums of privacy units, and the noise step."""
 
 from shared_kernels.ops.dp.api import (
+    certified_norm,
     clip_factors,
     embedding_accumulate,
     gram_error_bound,
@@ -15,6 +16,7 @@ from shared_kernels.ops.dp.api import (
 from shared_kernels.ops.dp.noise import gaussian_step
 
 __all__ = [
+    "certified_norm",
     "clip_factors",
     "embedding_accumulate",
     "gaussian_step",

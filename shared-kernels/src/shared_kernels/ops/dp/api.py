@@ -14,9 +14,6 @@ from torch import Tensor
 from shared_kernels._checks import check_range, check_tensor
 from shared_kernels.ops.dp import arguments, op, reference
 
-#: Units in the last place that tensor cores may cut off a sum, for each of its terms.
-DRIFT = 5 / 32
-
 
 def segment_gram_norm(
     a: Tensor,
@@ -110,9 +107,44 @@ def gram_error_bound(absolute: Tensor, cu_seqlens: Tensor, features: int, output
     Returns:
         Like ``absolute``.
     """
-    steps = cu_seqlens.diff().to(absolute.dtype).sqrt() + features**0.5 + outputs**0.5
-    steps += DRIFT * (features + outputs)
-    return steps * (torch.finfo(absolute.dtype).eps * absolute)
+    return reference.certified_norm(
+        torch.zeros_like(absolute), absolute, cu_seqlens, features, outputs
+    )
+
+
+def certified_norm(
+    n2: Tensor,
+    absolute: Tensor,
+    cu_seqlens: Tensor,
+    features: int,
+    outputs: int,
+    *,
+    impl: str = "auto",
+) -> Tensor:
+    """Return ``max(n2, 0) + gram_error_bound(absolute, ...)``: never below the true norm.
+
+    Args:
+        n2: float32 or float64 ``(U,)``, of `segment_gram_norm` or `segment_token_gram_norm`.
+        absolute: Like ``n2``, what was returned beside it.
+        cu_seqlens: int32 ``(U + 1,)``.
+        features: Columns d of the inputs; 0 for tokens.
+        outputs: Columns p of the gradients.
+        impl: ``auto``, ``triton`` or ``reference``.
+
+    Returns:
+        Like ``n2``; not finite where ``absolute`` is not.
+
+    Raises:
+        TypeError: A tensor has another dtype than listed.
+        ValueError: Shapes or devices do not fit together.
+        KernelUnavailableError: ``impl`` names an implementation that cannot run here.
+    """
+    check_tensor("n2", n2, dtypes=(torch.float32, torch.float64), shape=(None,))
+    check_tensor("absolute", absolute, dtypes=(n2.dtype,), shape=n2.shape, device=n2.device)
+    check_tensor(
+        "cu_seqlens", cu_seqlens, dtypes=(torch.int32,), shape=(len(n2) + 1,), device=n2.device
+    )
+    return op.certified_norm(n2, absolute, cu_seqlens, features, outputs, impl)
 
 
 def segment_mm_norm(
@@ -200,7 +232,12 @@ def _check_outs(a: Tensor, g: Tensor, out: Tensor, bias_out: Tensor | None) -> N
 
 
 def clip_factors(
-    n2: Tensor, threshold: float | Tensor, clipping: str = "abadi", stability: float = 0.01
+    n2: Tensor,
+    threshold: float | Tensor,
+    clipping: str = "abadi",
+    stability: float = 0.01,
+    *,
+    impl: str = "auto",
 ) -> Tensor:
     """Return what the units' gradients are multiplied by, from their squared norms.
 
@@ -213,6 +250,7 @@ def clip_factors(
         threshold: C, positive; or a scalar tensor like ``n2``, which is not checked.
         clipping: ``abadi`` or ``automatic``.
         stability: Added to the norm by ``automatic``.
+        impl: ``auto``, ``triton`` or ``reference``.
 
     Returns:
         Like ``n2``.
@@ -220,10 +258,11 @@ def clip_factors(
     Raises:
         TypeError: A tensor has another dtype than listed.
         ValueError: An option is out of range.
+        KernelUnavailableError: ``impl`` names an implementation that cannot run here.
     """
     check_tensor("n2", n2, dtypes=(torch.float32, torch.float64), shape=(None,))
     threshold = arguments.as_threshold(threshold, clipping, stability, n2)
-    return reference.clip_factors(n2, threshold, clipping, stability)
+    return op.clip_factors(n2, threshold, clipping, float(stability), impl)
 
 
 def segment_mm_clip(
@@ -243,9 +282,10 @@ def segment_mm_clip(
 ) -> Tensor:
     """Norms, `clip_factors` and the clipped sum in one pass over the units' gradients.
 
-    For ``chunk`` units at a time, the products ``G_i^T A_i`` are written out in float32, then read
-    once for their norms and once for ``out += sum_i c_i G_i^T A_i``. Costs ``2 N d p`` FLOPs and
-    ``(12 + 8 / chunk) U p d`` bytes. A unit whose norm is not finite adds nothing.
+    For ``chunk`` units at a time, the products ``G_i^T A_i`` are written out in float32 and read
+    for ``out += sum_i c_i G_i^T A_i``: ``2 N d p`` FLOPs and ``(8 + 8 / chunk) U p d`` bytes. Norms
+    are taken while writing for 16-bit rows on Hopper and later, if N / U is a multiple of 16; else
+    they are read once more, ``4 U p d`` bytes. A unit whose norm is not finite adds nothing.
 
     Args:
         a: float32, bfloat16, float16 or float64 ``(N, d)``, the layer's inputs.
@@ -256,8 +296,8 @@ def segment_mm_clip(
         bias_out: As ``out``, ``(p,)``: the bias's gradient, counted in the norm and added here.
         clipping: ``abadi`` or ``automatic``, see `clip_factors`.
         stability: Added to the norm by ``automatic``.
-        chunk: Units at a time on a GPU; None takes as many as its second-level cache holds, at
-            least 4 while they fit 1 GiB. The CPU takes one.
+        chunk: Units at a time on a GPU; None takes as many as fit 1 GiB, at least one. The CPU
+            takes one.
         max_seqlen: Rows of the longest unit: where the units are not ``equal`` a GPU needs it, and
             leaves out rows beyond it.
         equal: Promise that all units have N / U rows.

@@ -1,10 +1,9 @@
 """Launches of the kernels: grids, configurations and the second stages of the sums.
 
-16-bit matrices with aligned rows go to the kernels of `tma.py` on Hopper and later; a product needs
+16-bit matrices with aligned rows go to the kernels of `triton_tma.py` on Hopper and later; a product needs
 the promise that no block of rows holds two units besides. Everything else goes to `triton.py`.
 """
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +14,8 @@ from shared_kernels._autotune import choose
 from shared_kernels._checks import message
 from shared_kernels._library import interpreting
 from shared_kernels.errors import KernelUnavailableError
-from shared_kernels.ops.dp import reference
+from shared_kernels.ops.dp import reference, wide
+from shared_kernels.ops.dp.wide import ceil_div
 
 #: Launch configurations, the default first. Rows and columns of a Gram tile, depth of a step.
 GRAM_CONFIGS = {
@@ -44,32 +44,18 @@ PRODUCT_CONFIGS = {
         for depth, warps in ((32, 4), (16, 4), (32, 8))
     ),
 }  # fmt: skip
-#: The same over tensor descriptors. Two accumulators of 128 x 256 would not fit the registers.
-TMA_GRAM = {"BT": 128, "BK": 64, "num_warps": 8, "num_stages": 4}
-TMA_PRODUCT = {"BP": 128, "BD": 256, "GROUP": 8, "num_warps": 8, "num_stages": 3}
-#: Depths of a step, which divide the length of every unit.
-TMA_DEPTHS = (64, 32, 16)
-#: Units that one program can rank, and programs that fill a large GPU once.
-_RANKED, _ONE_WAVE = 1024, 132
-#: Programs that fill a large GPU twice. A constant, so that sums do not depend on the GPU.
-_PROGRAMS = 264
-#: What a chunk of products should fit (a second-level cache), and must fit.
-_CACHE_BYTES, _CHUNK_BYTES = 32 << 20, 1 << 30
+#: What the products of a chunk must fit, unless it is a single one.
+_CHUNK_BYTES = 1 << 30
 #: What a part of the rows should hold at least, so that splitting them is worth a second stage.
 _SPLIT_ROWS = 512
-
-
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
 
 
 def unsupported(first: Tensor, *args: Any) -> str | None:
     """Say why no kernel can take these arguments, or None."""
     if any(isinstance(arg, Tensor) and arg.dtype == torch.float64 for arg in (first, *args)):
         return "float64 has no kernel"
-    if first.is_cuda and _capability(first.device) < (8, 0):
-        return f"it needs compute capability 8.0, this GPU has {_capability(first.device)}"
+    if first.is_cuda and wide.capability(first.device) < (8, 0):
+        return f"it needs compute capability 8.0, this GPU has {wide.capability(first.device)}"
     return None
 
 
@@ -81,34 +67,6 @@ def _kernels(*tensors: Tensor | None) -> Any:
     from shared_kernels.ops.dp import triton
 
     return triton
-
-
-def _wide(*matrices: Tensor) -> bool:
-    """Whether tensor descriptors can describe these matrices."""
-    return all(
-        m.shape[0] > 0
-        and m.shape[1] > 0
-        and m.stride(1) == 1
-        and m.stride(0) * m.element_size() % 16 == 0
-        and m.data_ptr() % 16 == 0
-        and (interpreting() or (m.element_size() == 2 and _capability(m.device) >= (9, 0)))
-        for m in matrices
-    )
-
-
-def _descriptor(matrix: Tensor, rows: int, columns: int) -> Any:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor.from_tensor(matrix, [rows, columns])
-
-
-def _depth(row_multiple: int) -> int | None:
-    """Return the depth of a step that no unit's boundary falls into."""
-    return next((depth for depth in TMA_DEPTHS if row_multiple % depth == 0), None)
-
-
-def _ceil(numerator: int, denominator: int) -> int:
-    return -(-numerator // denominator)
 
 
 def _kind(x: Tensor, *sizes: int) -> str:
@@ -127,13 +85,13 @@ def _gram(
     kernel = _kernels(first, g).gram_kernel
     units, longest = cu_seqlens.shape[0] - 1, g.shape[0] if max_seqlen is None else max_seqlen
     width = 0 if first.dim() == 1 else first.shape[1]
-    if units and _wide(g, *([first] if width else [])):
+    if units and wide.fits(g, *([first] if width else [])):
         with torch.cuda.device_of(g):
-            return _wide_gram(first, g, cu_seqlens, longest, **options)
+            return wide.gram(first, g, cu_seqlens, longest, **options)
 
     def launch(config: Mapping[str, int]) -> tuple[Tensor, Tensor]:
-        blocks = _ceil(longest, config["BT"])
-        parts = max(1, min(blocks * (blocks + 1) // 2, _ceil(2 * _PROGRAMS, max(units, 1))))
+        blocks = ceil_div(longest, config["BT"])
+        parts = max(1, min(blocks * (blocks + 1) // 2, ceil_div(2 * wide.PROGRAMS, max(units, 1))))
         n2 = g.new_empty(units, parts, dtype=torch.float32)
         absolute = torch.empty_like(n2)
         if units:
@@ -160,38 +118,6 @@ def _gram(
         return launch(choose(op, kind, GRAM_CONFIGS[g.element_size()], launch))
 
 
-def _wide_gram(
-    first: Tensor, g: Tensor, cu_seqlens: Tensor, longest: int, *, padding: int, **options: bool
-) -> tuple[Tensor, Tensor]:
-    from shared_kernels.ops.dp import tma
-
-    kernel: Any = tma.gram_kernel
-    units, tokens = cu_seqlens.shape[0] - 1, first.dim() == 1
-    config = TMA_GRAM | ({"BT": 64, "num_warps": 4} if longest <= 64 else {})
-    blocks = _ceil(longest, config["BT"])
-    parts = max(1, min(blocks * (blocks + 1) // 2, _ceil(2 * _PROGRAMS, units)))
-    n2 = g.new_empty(units, parts, dtype=torch.float32)
-    absolute = torch.empty_like(n2)
-    outputs = _descriptor(g, config["BT"], config["BK"])
-    inputs = outputs if tokens else _descriptor(first, config["BT"], config["BK"])
-    kernel[(units * parts,)](
-        inputs,
-        outputs,
-        first if tokens else cu_seqlens,
-        cu_seqlens,
-        n2,
-        absolute,
-        0 if tokens else first.shape[1],
-        g.shape[1],
-        parts,
-        padding,
-        WIDEN=interpreting(),
-        **options,
-        **config,
-    )
-    return n2.sum(1), absolute.sum(1)
-
-
 def gram_norm(
     a: Tensor, g: Tensor, cu_seqlens: Tensor, bias: bool, max_seqlen: int | None
 ) -> tuple[Tensor, Tensor]:
@@ -214,13 +140,13 @@ def token_gram_norm(
 
 
 def _tiles(a: Tensor, g: Tensor, config: Mapping[str, int]) -> int:
-    return _ceil(g.shape[1], config["BP"]) * _ceil(a.shape[1], config["BD"])
+    return ceil_div(g.shape[1], config["BP"]) * ceil_div(a.shape[1], config["BD"])
 
 
 def mm_norm(a: Tensor, g: Tensor, cu_seqlens: Tensor, bias: bool, row_multiple: int) -> Tensor:
     """See `reference.mm_norm`; NaN for all units if a boundary breaks the promise."""
     kernel = _kernels(a, g).mm_norm_kernel
-    units, depth = cu_seqlens.shape[0] - 1, _depth(row_multiple)
+    units, depth = cu_seqlens.shape[0] - 1, wide.depth_of(row_multiple)
 
     def launch(config: Mapping[str, int]) -> Tensor:
         squares = g.new_empty(units, _tiles(a, g, config), dtype=torch.float32)
@@ -239,28 +165,10 @@ def mm_norm(a: Tensor, g: Tensor, cu_seqlens: Tensor, bias: bool, row_multiple: 
             )
         return squares.sum(1)
 
-    def wide(depth: int) -> Tensor:
-        from shared_kernels.ops.dp import tma
-
-        kernel: Any = tma.mm_norm_kernel
-        squares = g.new_empty(units, _tiles(a, g, TMA_PRODUCT), dtype=torch.float32)
-        kernel[(squares.numel(),)](
-            _descriptor(a, depth, TMA_PRODUCT["BD"]),
-            _descriptor(g, depth, TMA_PRODUCT["BP"]),
-            cu_seqlens,
-            squares,
-            a.shape[1],
-            g.shape[1],
-            WIDEN=interpreting(),
-            BK=depth,
-            **TMA_PRODUCT,
-        )
-        return torch.where((cu_seqlens % depth == 0).all(), squares.sum(1), float("nan"))
-
     with torch.cuda.device_of(g):
         kind = _kind(g, a.shape[1], g.shape[1], g.shape[0], units)
-        if depth is not None and units and _wide(a, g):
-            n2 = wide(depth)
+        if depth is not None and units and wide.fits(a, g):
+            n2 = wide.mm_norm(a, g, cu_seqlens, depth)
         else:
             configs = PRODUCT_CONFIGS[g.element_size()]
             n2 = launch(choose("segment_mm_norm", kind, configs, launch))
@@ -278,11 +186,11 @@ def scaled_mm(
 ) -> None:
     """See `reference.scaled_mm`; the sum is NaN if a boundary breaks the promise."""
     kernel = _kernels(a, g).scaled_mm_kernel
-    units, rows, depth = cu_seqlens.shape[0] - 1, g.shape[0], _depth(row_multiple)
+    units, rows, depth = cu_seqlens.shape[0] - 1, g.shape[0], wide.depth_of(row_multiple)
 
     def launch(config: Mapping[str, int], out: Tensor) -> None:
         tiles = _tiles(a, g, config)
-        splits = max(1, min(_ceil(_PROGRAMS, max(tiles, 1)), _ceil(rows, _SPLIT_ROWS)))
+        splits = max(1, min(ceil_div(wide.PROGRAMS, max(tiles, 1)), ceil_div(rows, _SPLIT_ROWS)))
         # parts of the rows are summed apart and added in order
         parts = out[None] if splits == 1 else out.new_empty(splits, *out.shape)
         if tiles and rows:
@@ -309,8 +217,8 @@ def scaled_mm(
                 out += parts.sum(0)
 
     with torch.cuda.device_of(g):
-        if depth is not None and 0 < units <= _RANKED and _wide(a, g):
-            _wide_scaled_mm(a, g, cu_seqlens, scale, out, depth)
+        if depth is not None and 0 < units <= wide.RANKED and wide.fits(a, g):
+            wide.scaled_mm(a, g, cu_seqlens, scale, out, depth)
         else:
             kind = _kind(g, a.shape[1], g.shape[1], rows, units)
             configs = PRODUCT_CONFIGS[g.element_size()]
@@ -319,43 +227,6 @@ def scaled_mm(
             launch(choose("segment_scaled_mm", kind, configs, trial), out)
     if bias_out is not None:
         _add_scaled(sums(g, None, cu_seqlens), scale, bias_out)
-
-
-def _wide_scaled_mm(
-    a: Tensor, g: Tensor, cu_seqlens: Tensor, scale: Tensor, out: Tensor, depth: int
-) -> None:
-    from shared_kernels.ops.dp import tma
-
-    if out.stride(0) == 1 or a.shape[1] < TMA_PRODUCT["BD"] <= g.shape[1]:
-        # the wide side of a tile lies along the output's rows
-        a, g, out = g, a, out.t()
-    units, tiles = cu_seqlens.shape[0] - 1, _tiles(a, g, TMA_PRODUCT)
-    order = cu_seqlens.new_empty(units + 1)
-    block = 1 << max(units - 1, 0).bit_length()
-    rank: Any = tma.order_kernel
-    rank[(1,)](scale, cu_seqlens, order, units, MULTIPLE=depth, BLOCK=block, num_warps=4)
-    splits = max(1, min(units, _ONE_WAVE // tiles))
-    parts = out[None] if splits == 1 else out.new_empty(splits, *out.shape)
-    kernel: Any = tma.scaled_mm_kernel
-    kernel[(tiles * splits,)](
-        _descriptor(a, depth, TMA_PRODUCT["BD"]),
-        _descriptor(g, depth, TMA_PRODUCT["BP"]),
-        cu_seqlens,
-        order,
-        scale,
-        parts,
-        units,
-        a.shape[1],
-        g.shape[1],
-        *parts.stride(),
-        splits,
-        ADD=splits == 1,
-        WIDEN=interpreting(),
-        BK=depth,
-        **TMA_PRODUCT,
-    )
-    if splits > 1:
-        out += parts.sum(0)
 
 
 def _add_scaled(values: Tensor, scale: Tensor, out: Tensor) -> None:
@@ -368,7 +239,7 @@ def _combine(products: Tensor, scale: Tensor, out: Tensor) -> None:
     kernel = _kernels(products).combine_kernel
     count, p, d = products.shape
     block = {"BP": 16, "BD": 128}
-    grid = (_ceil(p, block["BP"]) * _ceil(d, block["BD"]),)
+    grid = (ceil_div(p, block["BP"]) * ceil_div(d, block["BD"]),)
     kernel[grid](products, scale, out, count, p, d, *out.stride(), **block, num_warps=4)
 
 
@@ -396,32 +267,113 @@ def mm_clip(
         )
     if chunk is None:
         size = 4 * out.numel()
-        chunk = max(1, _CACHE_BYTES // size, min(4, _CHUNK_BYTES // size))
+        chunk = min(units, max(1, _CHUNK_BYTES // size))
     starts, lengths = cu_seqlens[:-1], cu_seqlens.diff()
-    if equal:
-        kept = (lengths == length) & (starts == torch.arange(units, device=g.device) * length)
-    else:
-        kept = lengths <= length
-    n2 = g.new_full((units,), float("nan"), dtype=torch.float32)
+    n2 = g.new_empty(units, dtype=torch.float32)
     biases = None if bias_out is None else sums(g, None, cu_seqlens)
+    depth = wide.depth_of(length) if equal and _worth_tiles(out) and wide.fits(a, g) else None
+    bounds = torch.arange(chunk + 1, dtype=torch.int32, device=g.device) * length
+    options = (clipping, stability, "equal" if equal else "longest", length)
     with torch.cuda.device_of(g), reference.ieee_matmul():
         for first in range(0, units, chunk):
-            some = slice(first, first + chunk)
-            if equal:
-                span = slice(first * length, min(units, first + chunk) * length)
-                x, y = (m[span].unflatten(0, (-1, length)) for m in (a, g))
+            count = min(chunk, units - first)
+            some, span = (
+                slice(first, first + count),
+                slice(first * length, (first + count) * length),
+            )
+            if depth is not None:
+                products, squares = wide.products(a[span], g[span], bounds[: count + 1], depth)
             else:
-                x, y = (_padded(m, starts[some], lengths[some], length) for m in (a, g))
-            products = _products(x, y)
-            total = torch.linalg.vector_norm(products, dim=2).square_().sum(1)
+                if equal:
+                    x, y = (m[span].unflatten(0, (count, length)) for m in (a, g))
+                else:
+                    x, y = (_padded(m, starts[some], lengths[some], length) for m in (a, g))
+                products = _products(x, y)
+                squares = _squares(products)
             if biases is not None:
-                total += biases[some].square().sum(1)
-            n2[some] = torch.where(kept[some], total, n2[some])
-            factors = reference.clip_factors(n2[some], threshold, clipping, stability)
+                squares = torch.cat([squares, biases[some].square().sum(1, keepdim=True)], 1)
+            factors = _factors(squares, cu_seqlens, threshold, n2, first, *options)
             _combine(products, factors, out)
             if biases is not None and bias_out is not None:
                 _add_scaled(biases[some], factors, bias_out)
     return n2
+
+
+def _worth_tiles(out: Tensor) -> bool:
+    """Whether the tiles of `wide` are not mostly outside a product of this shape."""
+    return out.shape[0] >= wide.PRODUCT["BP"] // 2 and out.shape[1] >= wide.PRODUCT["BD"] // 2
+
+
+def _squares(products: Tensor) -> Tensor:
+    """Return sums of squares, ``(k, parts)``, of contiguous ``(k, p, d)``."""
+    kernel = _kernels(products).squares_kernel
+    size = products[0].numel()
+    block = {"BLOCK": 2048, "STEPS": 16}
+    parts = ceil_div(size, block["BLOCK"] * block["STEPS"])
+    squares = products.new_empty(len(products), parts)
+    kernel[(squares.numel(),)](products, squares, size, parts, **block, num_warps=8)
+    return squares
+
+
+def _factors(
+    squares: Tensor,
+    cu_seqlens: Tensor,
+    threshold: Tensor,
+    n2: Tensor | None,
+    first: int,
+    clipping: str,
+    stability: float,
+    check: str,
+    length: int,
+) -> Tensor:
+    """Sum ``squares`` (k, parts) into ``n2`` from ``first`` on, and return the factors (k,)."""
+    kernel = _kernels(squares).factors_kernel
+    count, parts = squares.shape
+    factors = squares.new_empty(count)
+    if count:
+        kernel[(count,)](
+            squares,
+            cu_seqlens,
+            threshold,
+            None if n2 is None else n2[first:],
+            factors,
+            parts,
+            first,
+            length,
+            stability,
+            CHECK=check,
+            AUTOMATIC=clipping == "automatic",
+            SHRINK=reference.SHRINK,
+            BLOCK=min(1024, 1 << (parts - 1).bit_length()),
+        )
+    return factors
+
+
+def clip_factors(n2: Tensor, threshold: Tensor, clipping: str, stability: float) -> Tensor:
+    """See `reference.clip_factors`."""
+    with torch.cuda.device_of(n2):
+        return _factors(n2[:, None], n2, threshold, None, 0, clipping, stability, "none", 0)
+
+
+def certified_norm(
+    n2: Tensor, absolute: Tensor, cu_seqlens: Tensor, features: int, outputs: int
+) -> Tensor:
+    """See `reference.certified_norm`."""
+    kernel = _kernels(n2).certify_kernel
+    out = torch.empty_like(n2)
+    if len(n2):
+        with torch.cuda.device_of(n2):
+            kernel[(ceil_div(len(n2), 256),)](
+                n2,
+                absolute,
+                cu_seqlens,
+                out,
+                len(n2),
+                reference.gram_steps(features, outputs),
+                EPS=torch.finfo(n2.dtype).eps,
+                BLOCK=256,
+            )
+    return out
 
 
 def _padded(x: Tensor, starts: Tensor, lengths: Tensor, length: int) -> Tensor:
@@ -444,7 +396,7 @@ def sums(x: Tensor, g: Tensor | None, cu_seqlens: Tensor) -> Tensor:
     out = x.new_empty(cu_seqlens.shape[0] - 1, x.shape[1], dtype=torch.float32)
     if out.numel():
         block = {"BT": 32, "BH": 64}
-        grid = (out.shape[0] * _ceil(x.shape[1], block["BH"]),)
+        grid = (out.shape[0] * ceil_div(x.shape[1], block["BH"]),)
         strides = (*x.stride(), *(x if g is None else g).stride())
         with torch.cuda.device_of(x):
             kernel[grid](x, g, cu_seqlens, out, x.shape[1], *strides, **block, num_warps=4)
@@ -468,7 +420,7 @@ def embedding_accumulate(
     ordered, order = tokens.sort(stable=True)
     block = {"BR": 16, "BH": 128}
     with torch.cuda.device_of(g):
-        kernel[(rows * _ceil(h, block["BH"]),)](
+        kernel[(rows * ceil_div(h, block["BH"]),)](
             ordered,
             order,
             row_scale,

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from shared_kernels._library import declare
@@ -24,6 +25,10 @@ def _fake_norms(a: Tensor, g: Tensor, cu_seqlens: Tensor, *args: Any) -> Tensor:
 
 def _fake_sums(x: Tensor, g: Tensor | None, cu_seqlens: Tensor) -> Tensor:
     return _per_unit(x, cu_seqlens, x.shape[1])
+
+
+def _fake_like(n2: Tensor, *args: Any) -> Tensor:
+    return torch.empty_like(n2)
 
 
 def _fake_nothing(*args: Any) -> None:
@@ -80,5 +85,18 @@ embedding_accumulate_ = declare(
         "triton": launch.embedding_accumulate,
     },
     fake=_fake_nothing,
+    unsupported=launch.unsupported,
+)
+clip_factors = declare(
+    "clip_factors(Tensor n2, Tensor threshold, str clipping, float stability) -> Tensor",
+    implementations={"reference": reference.clip_factors, "triton": launch.clip_factors},
+    fake=_fake_like,
+    unsupported=launch.unsupported,
+)
+certified_norm = declare(
+    "certified_norm(Tensor n2, Tensor absolute, Tensor cu_seqlens, SymInt features, SymInt outputs)"
+    " -> Tensor",
+    implementations={"reference": reference.certified_norm, "triton": launch.certified_norm},
+    fake=_fake_like,
     unsupported=launch.unsupported,
 )

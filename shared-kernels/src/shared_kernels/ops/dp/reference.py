@@ -29,6 +29,8 @@ _GRAM_ROWS = 256
 _PRODUCT_ROWS = 8192
 #: What a factor is multiplied by, so that rounding does not take a clipped norm over the threshold.
 SHRINK = 1 - 2.0**-16
+#: Units in the last place that tensor cores may cut off a sum, for each of its terms.
+DRIFT = 5 / 32
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -230,6 +232,19 @@ def clip_factors(n2: Tensor, threshold: Tensor, clipping: str, stability: float)
     factor = factor * torch.where(threshold.isinf(), 1.0, SHRINK).to(factor.dtype)
     # an infinite n2 has made it 0 or NaN, a negative one NaN
     return torch.where(factor.isfinite(), factor, 0.0)
+
+
+def gram_steps(features: int, outputs: int) -> float:
+    """Return the part of `gram_error_bound` that does not depend on the unit's length."""
+    return features**0.5 + outputs**0.5 + DRIFT * (features + outputs)
+
+
+def certified_norm(
+    n2: Tensor, absolute: Tensor, cu_seqlens: Tensor, features: int, outputs: int
+) -> Tensor:
+    """Return Gram norms plus the bound of their rounding errors; NaN stays NaN."""
+    steps = cu_seqlens.diff().to(absolute.dtype).sqrt() + gram_steps(features, outputs)
+    return n2.clamp(min=0) + steps * (torch.finfo(absolute.dtype).eps * absolute)
 
 
 def mm_clip(

@@ -276,6 +276,88 @@ def scaled_mm_kernel(
 
 
 @triton.jit
+def squares_kernel(x_ptr, part_ptr, size, parts, BLOCK: tl.constexpr, STEPS: tl.constexpr):
+    """Square and sum ``STEPS`` blocks of one contiguous matrix of ``size`` elements."""
+    matrix = tl.program_id(0) // parts
+    first = tl.program_id(0) % parts * (STEPS * BLOCK)
+    x_ptr += matrix.to(tl.int64) * size
+    total = tl.zeros((BLOCK,), tl.float32)
+    for step in range(STEPS):
+        index = first + step * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + index, mask=index < size, other=0.0)
+        total += x * x
+    tl.store(part_ptr + tl.program_id(0), tl.sum(total, 0))
+
+
+@triton.jit(
+    do_not_specialize=["first", "length", "stability"],
+    do_not_specialize_on_alignment=["n2_ptr"],
+)
+def factors_kernel(
+    part_ptr,
+    cu_ptr,
+    threshold_ptr,
+    n2_ptr,
+    factor_ptr,
+    parts,
+    first,
+    length,
+    stability,
+    CHECK: tl.constexpr,
+    AUTOMATIC: tl.constexpr,
+    SHRINK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Sum one unit's squares, and make its factor, see `reference.clip_factors`.
+
+    ``CHECK`` makes the norm NaN of a unit whose rows are not at ``length`` times its number
+    ("equal"), or are more than ``length`` ("longest").
+    """
+    unit = tl.program_id(0)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for k in range(0, parts, BLOCK):
+        index = k + tl.arange(0, BLOCK)
+        total += tl.load(part_ptr + unit * parts + index, mask=index < parts, other=0.0)
+    n2 = tl.sum(total, 0)
+    if CHECK != "none":
+        start = tl.load(cu_ptr + first + unit)
+        end = tl.load(cu_ptr + first + unit + 1)
+        if CHECK == "equal":
+            kept = (start == (first + unit) * length) & (end - start == length)
+        else:
+            kept = end - start <= length
+        n2 = tl.where(kept, n2, float("nan"))
+    if n2_ptr is not None:
+        tl.store(n2_ptr + unit, n2)
+    threshold = tl.load(threshold_ptr)
+    # comparisons with NaN are false: a norm that is not finite never gets a factor
+    norm = tl.sqrt_rn(tl.where(n2 >= 0.0, n2, float("nan")))
+    if AUTOMATIC:
+        factor = tl.div_rn(threshold, norm + stability)
+    else:
+        # a norm of 0 would divide by it
+        factor = tl.where(norm <= threshold, 1.0, tl.div_rn(threshold, tl.where(norm > 0, norm, 1)))
+    factor = tl.where(threshold == float("inf"), factor, factor * SHRINK)
+    finite = (norm < float("inf")) & (factor < float("inf"))
+    tl.store(factor_ptr + unit, tl.where(finite, factor, 0.0))
+
+
+@triton.jit(do_not_specialize=["units"])
+def certify_kernel(
+    n2_ptr, absolute_ptr, cu_ptr, out_ptr, units, steps, EPS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Add the bound of rounding errors to Gram norms, see `reference.certified_norm`."""
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = index < units
+    n2 = tl.load(n2_ptr + index, mask=mask, other=0.0)
+    absolute = tl.load(absolute_ptr + index, mask=mask, other=0.0)
+    start = tl.load(cu_ptr + index, mask=mask, other=0)
+    length = (tl.load(cu_ptr + index + 1, mask=mask, other=0) - start).to(tl.float32)
+    bound = (tl.sqrt_rn(length) + steps) * (EPS * absolute)
+    tl.store(out_ptr + index, tl.where(n2 < 0.0, 0.0, n2) + bound, mask=mask)
+
+
+@triton.jit
 def combine_kernel(
     product_ptr, scale_ptr, out_ptr, count, p, d, out_row, out_column, BP: tl.constexpr,
     BD: tl.constexpr,

@@ -95,11 +95,12 @@ def _tile_of(index, d, p, BP: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexp
 
 
 @triton.jit
-def mm_norm_kernel(
+def product_kernel(
     a,
     g,
     cu_ptr,
     part_ptr,
+    out_ptr,
     d,
     p,
     WIDEN: tl.constexpr,
@@ -108,7 +109,10 @@ def mm_norm_kernel(
     BK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Square and sum one tile of one unit's product; boundaries are multiples of ``BK``."""
+    """Square and sum one tile of one unit's product, and write it where ``out_ptr`` is given.
+
+    Boundaries are multiples of ``BK``; the output is contiguous, a matrix per unit.
+    """
     pid = tl.program_id(0)
     tiles = ((d + BD - 1) // BD) * ((p + BP - 1) // BP)
     unit = pid // tiles
@@ -116,6 +120,13 @@ def mm_norm_kernel(
     tile = tl.zeros((BP, BD), tl.float32)
     for k in range(tl.load(cu_ptr + unit), tl.load(cu_ptr + unit + 1), BK):
         tile = _dot(tl.trans(g.load([k, first_p])), a.load([k, first_d]), tile, WIDEN)
+    if out_ptr is not None:
+        g_columns = first_p + tl.arange(0, BP)
+        a_columns = first_d + tl.arange(0, BD)
+        offset = (
+            unit.to(tl.int64) * p * d + g_columns.to(tl.int64)[:, None] * d + a_columns[None, :]
+        )
+        tl.store(out_ptr + offset, tile, mask=(g_columns < p)[:, None] & (a_columns < d)[None, :])
     tl.store(part_ptr + pid, tl.sum(tl.sum(tile * tile, 1), 0))
 
 
