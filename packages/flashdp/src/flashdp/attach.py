@@ -161,6 +161,16 @@ def _twin(module: nn.Module) -> nn.Module:
     return twin
 
 
+def _fresh(shape: torch.Size) -> torch.Tensor:
+    """Return random values: a parameter at zero or one could hide a wrong rule.
+
+    Large ones repeat a block of prime length, because draws for a vocabulary take seconds.
+    """
+    size = min(shape.numel(), 1_000_003)
+    block = torch.randn(size, generator=torch.Generator().manual_seed(1)) * 0.3
+    return block.repeat(-(-shape.numel() // max(size, 1)))[: shape.numel()].view(shape)
+
+
 def _probed(
     module: nn.Module, rule: Rule, own: list[str], known: dict[Any, str | None]
 ) -> str | None:
@@ -184,9 +194,7 @@ def _probe(module: nn.Module, rule: Rule, own: list[str]) -> str | None:
     for local in own:
         param = twin._parameters[local]
         assert param is not None
-        # Fresh values: a parameter at zero or one could hide a wrong rule.
-        fresh = torch.randn(param.shape, generator=torch.Generator().manual_seed(1)) * 0.3
-        twin._parameters[local] = nn.Parameter(fresh)
+        twin._parameters[local] = nn.Parameter(_fresh(param.shape))
     x = rule.probe(module, torch.Generator().manual_seed(0))
     if x.is_floating_point():
         x.requires_grad_(True)

@@ -1,7 +1,8 @@
 """Launches of the kernels: grids, configurations and the second stages of the sums.
 
-16-bit matrices with aligned rows go to the kernels of `triton_tma.py` on Hopper and later; a product needs
-the promise that no block of rows holds two units besides. Everything else goes to `triton.py`.
+16-bit matrices with aligned rows go to the kernels of `triton_tma.py` on Hopper and later; a
+product needs the promise besides that no block of rows holds two units. All others go to
+`triton.py`.
 """
 
 from collections.abc import Mapping
