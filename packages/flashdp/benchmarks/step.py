@@ -59,7 +59,7 @@ def peers(device):
     if device == "cpu":
         yield _peers(device, "smollm2-135m", 30, 8, 128)
     else:
-        for rows, tokens in ((8, 512), (2, 2048)):
+        for rows, tokens in ((16, 512), (4, 2048)):
             yield _peers(device, "llama-1b", 16, rows, tokens)
 
 

@@ -180,6 +180,28 @@ def test_mm_clip(run, clipping, threshold):
         assert_scaled_sum(case, dp.clip_factors(n2, threshold), alone, None)
 
 
+@pytest.mark.parametrize(("clipping", "threshold"), CLIPS)
+def test_gram_clip(run, clipping, threshold):
+    case, impl = run
+    for bias in (False, True):
+        out, bias_out = case.outputs("transposed")
+        n2 = dp.segment_gram_clip(
+            case.a,
+            case.g,
+            case.cu,
+            threshold,
+            out,
+            bias_out=bias_out if bias else None,
+            clipping=clipping,
+            impl=impl,
+        )
+        norm, absolute = dp.segment_gram_norm(case.a, case.g, case.cu, bias=bias, impl=impl)
+        expected = dp.certified_norm(norm, absolute, case.cu, case.a.shape[1], case.g.shape[1])
+        torch.testing.assert_close(n2, expected, rtol=1e-5, atol=1e-5)
+        factors = dp.clip_factors(n2, threshold, clipping)
+        assert_scaled_sum(case, factors, out, bias_out if bias else None)
+
+
 def test_units_that_break_a_promise_add_nothing(kernel_device):
     """A wrong hint must not let a unit in unclipped, or under another unit's norm."""
     case = make_units([4, 6, 2, 4], 5, 3).on(kernel_device)

@@ -155,6 +155,35 @@ def test_clipped_sum(place, clipping, chunk, monkeypatch):
         assert_scaled_sum(units, dp.clip_factors(n2, 90.0, clipping), out, bias_out)
 
 
+@pytest.mark.parametrize("clipping", ["abadi", "automatic"])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_clipped_sum_by_gram_norms_is_its_parts(case, clipping, layout):
+    """One call gives what its four parts give; the last number of parts of sums is uneven."""
+    out, _ = case.outputs(layout)
+    options = {"row_multiple": 16, "impl": "triton"}
+    n2 = dp.segment_gram_clip(case.a, case.g, case.cu, 90.0, out, clipping=clipping, **options)
+    sums = dp.segment_gram_norm(case.a, case.g, case.cu, impl="triton")
+    expected = dp.certified_norm(*sums, case.cu, case.a.shape[1], case.g.shape[1])
+    torch.testing.assert_close(n2, expected, rtol=1e-5, atol=1e-3)
+    assert_scaled_sum(case, dp.clip_factors(n2, 90.0, clipping), out)
+
+
+def test_many_units(place):
+    """More units than a rank is compared with at a time, some not finite, some of one size."""
+    dtype, device = place
+    units = make_units([16] * 77, 16, 24, dtype)
+    # what a unit is scaled by decides its factor
+    size = torch.tensor([1.0, 30.0, 0.01, 300.0, float("nan"), 3.0, 1.0])[torch.arange(77) % 7]
+    size = size.repeat_interleave(16)[:, None].to(dtype)
+    units = units._replace(a=units.a * size).on(device)
+    out, _ = units.outputs()
+    options = {"row_multiple": 16, "impl": "triton"}
+    n2 = dp.segment_gram_clip(units.a, units.g, units.cu, 90.0, out, **options)
+    assert n2.isfinite().tolist() == [i % 7 != 4 for i in range(77)]
+    finite = units._replace(a=units.a.nan_to_num(0.0))
+    assert_scaled_sum(finite, dp.clip_factors(n2, 90.0), out)
+
+
 def test_twice_the_same_bits(case):
     outs = []
     for _ in range(2):

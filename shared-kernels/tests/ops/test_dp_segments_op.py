@@ -23,6 +23,10 @@ def op_arguments(case: UnitRows, impl: str) -> dict:
         "mm_norm": (op.mm_norm, (a, g, cu, True, 1, impl)),
         "scaled_mm": (op.scaled_mm_, (a, g, cu, scale, out, bias_out, 1, impl)),
         "mm_clip": (op.mm_clip_, (a, g, cu, threshold, out, bias_out, *clip, impl)),
+        "gram_clip": (
+            op.gram_clip_,
+            (a, g, cu, threshold, out, bias_out, "abadi", 0.01, len(g), 1, impl),
+        ),
         "sums": (op.sums, (a, None, cu, impl)),
         "product_sums": (op.sums, (g, g.clone(), cu, impl)),
         "clip_factors": (op.clip_factors, (scale, threshold, "abadi", 0.01, impl)),

@@ -8,6 +8,7 @@ taken, factors follow, and the clipped sum is added to a float32 accumulator.
 from __future__ import annotations
 
 import weakref
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ from flashdp.errors import PrivacyError
 from flashdp.records import MatrixRecord, join
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Generator, Iterable, Sequence
 
     from torch import Tensor, nn
 
@@ -255,14 +256,16 @@ class Collector:
             return
         threshold = thresholds[group.index]
         only = parts[0].layer.records[0] if len(parts) == 1 else None
+        strategy = ""
         if (
             isinstance(only, MatrixRecord)
             and len(parts[0].layer.records) == 1
             and only.weight in parts[0].names
-            and self.strategy(only, units) == "spill"
         ):
-            sums = self._sums_of(parts[0])
-            n2 = only.clip(parts[0].names, units, threshold, self.clipping, self.stability, sums)
+            strategy = self.strategy(only, units)
+        if isinstance(only, MatrixRecord) and strategy in ("gram", "spill"):
+            sums, names = self._sums_of(parts[0]), parts[0].names
+            n2 = only.clip(names, units, threshold, self.clipping, self.stability, sums, strategy)
         else:
             n2 = self._norm2(parts, units)
             scale = clip_factors(n2, threshold.to(n2.dtype), self.clipping, self.stability)
@@ -346,6 +349,15 @@ class Handle:
         """See :meth:`Collector.open`."""
         collector = self._collector()
         return None if collector is None else collector.open(module)
+
+    @contextmanager
+    def lent(self, collector: Collector) -> Generator[None]:
+        """Lead to another collector inside a ``with`` block."""
+        own, self._collector = self._collector, weakref.ref(collector)
+        try:
+            yield
+        finally:
+            self._collector = own
 
     def __deepcopy__(self, memo: dict) -> Handle:
         return self

@@ -8,12 +8,13 @@ where they are as small as a norm layer's.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from shared_kernels.ops.dp import (
     certified_norm,
     embedding_accumulate,
+    segment_gram_clip,
     segment_gram_norm,
     segment_mm_clip,
     segment_mm_norm,
@@ -91,21 +92,20 @@ class MatrixRecord:
         clipping: str,
         stability: float,
         sums: Mapping[str, Tensor],
+        strategy: str,
     ) -> Tensor:
         """Norms, factors and weighted sum in one go; returns the squared norms."""
         out = self._out(sums)
-        return segment_mm_clip(
-            self.a,
-            self.g,
-            self.cu,
-            threshold.to(out.dtype),
-            out,
-            bias_out=sums[self.bias] if self.bias in names else None,
-            clipping=clipping,
-            stability=stability,
-            max_seqlen=units.longest * self.per_row,
-            equal=units.single,
-        )
+        arguments = (self.a, self.g, self.cu, threshold.to(out.dtype), out)
+        options: dict[str, Any] = {
+            "bias_out": sums[self.bias] if self.bias in names else None,
+            "clipping": clipping,
+            "stability": stability,
+            "max_seqlen": units.longest * self.per_row,
+        }
+        if strategy == "gram":
+            return segment_gram_clip(*arguments, row_multiple=max(1, self.per_row), **options)
+        return segment_mm_clip(*arguments, equal=units.single, **options)
 
 
 @dataclass

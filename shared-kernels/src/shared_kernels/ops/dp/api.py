@@ -335,6 +335,67 @@ def segment_mm_clip(
     )
 
 
+def segment_gram_clip(
+    a: Tensor,
+    g: Tensor,
+    cu_seqlens: Tensor,
+    threshold: float | Tensor,
+    out: Tensor,
+    *,
+    bias_out: Tensor | None = None,
+    clipping: str = "abadi",
+    stability: float = 0.01,
+    max_seqlen: int | None = None,
+    row_multiple: int = 1,
+    impl: str = "auto",
+) -> Tensor:
+    """Certified Gram norms, `clip_factors` and the clipped sum in one call.
+
+    As `segment_gram_norm`, `certified_norm`, `clip_factors` and `segment_scaled_mm` one after the
+    other, with fewer launches on a GPU. A unit whose norm is not finite adds nothing.
+
+    Args:
+        a: float32, bfloat16, float16 or float64 ``(N, d)``, the layer's inputs.
+        g: As ``a``, ``(N, p)``, the gradients of its outputs.
+        cu_seqlens: int32 ``(U + 1,)``.
+        threshold: C, positive; or a scalar tensor like ``out``, which is not checked.
+        out: float32 (float64 for float64) ``(p, d)`` with any strides; added to.
+        bias_out: As ``out``, ``(p,)``: the bias's gradient, counted in the norm and added here.
+        clipping: ``abadi`` or ``automatic``, see `clip_factors`.
+        stability: Added to the norm by ``automatic``.
+        max_seqlen: Rows of the longest unit, a hint.
+        row_multiple: See `segment_scaled_mm`.
+        impl: ``auto``, ``triton`` or ``reference``.
+
+    Returns:
+        Certified squared norms, float32 (float64 for float64) ``(U,)``.
+
+    Raises:
+        TypeError: A tensor has another dtype than listed.
+        ValueError: Shapes, devices, layouts or options do not fit together.
+        KernelUnavailableError: ``impl`` names an implementation that cannot run here.
+    """
+    arguments.check_pair(a, g)
+    arguments.check_units(cu_seqlens, g)
+    _check_outs(a, g, out, bias_out)
+    arguments.check_length(max_seqlen)
+    arguments.check_multiple(row_multiple, cu_seqlens)
+    threshold = arguments.as_threshold(threshold, clipping, stability, g)
+    return op.gram_clip_(
+        a,
+        g,
+        cu_seqlens,
+        threshold,
+        out,
+        bias_out,
+        clipping,
+        float(stability),
+        max_seqlen,
+        row_multiple,
+        impl,
+    )
+
+
 def segment_sums(x: Tensor, cu_seqlens: Tensor, *, impl: str = "auto") -> Tensor:
     """Sum the rows of each unit.
 

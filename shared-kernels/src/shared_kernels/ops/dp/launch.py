@@ -88,7 +88,8 @@ def _gram(
     width = 0 if first.dim() == 1 else first.shape[1]
     if units and wide.fits(g, *([first] if width else [])):
         with torch.cuda.device_of(g):
-            return wide.gram(first, g, cu_seqlens, longest, **options)
+            n2, absolute = wide.gram_parts(first, g, cu_seqlens, longest, **options).sum(2)
+            return n2, absolute
 
     def launch(config: Mapping[str, int]) -> tuple[Tensor, Tensor]:
         blocks = ceil_div(longest, config["BT"])
@@ -345,7 +346,7 @@ def _factors(
             CHECK=check,
             AUTOMATIC=clipping == "automatic",
             SHRINK=reference.SHRINK,
-            BLOCK=min(1024, 1 << (parts - 1).bit_length()),
+            BLOCK=min(1024, wide.power_of_two(parts)),
         )
     return factors
 
@@ -375,6 +376,35 @@ def certified_norm(
                 BLOCK=256,
             )
     return out
+
+
+def gram_clip(
+    a: Tensor,
+    g: Tensor,
+    cu_seqlens: Tensor,
+    threshold: Tensor,
+    out: Tensor,
+    bias_out: Tensor | None,
+    clipping: str,
+    stability: float,
+    max_seqlen: int | None,
+    row_multiple: int,
+) -> Tensor:
+    """See `reference.gram_clip`; the sum is NaN if a boundary breaks the promise."""
+    _kernels(a, g)
+    units, depth = cu_seqlens.shape[0] - 1, wide.depth_of(row_multiple)
+    if depth is not None and bias_out is None and 0 < units <= wide.RANKED and wide.fits(a, g):
+        longest = g.shape[0] if max_seqlen is None else max_seqlen
+        with torch.cuda.device_of(g):
+            return wide.gram_clip(
+                a, g, cu_seqlens, threshold, out, clipping, stability, longest, depth
+            )
+    bias = bias_out is not None
+    n2, absolute = gram_norm(a, g, cu_seqlens, bias, max_seqlen)
+    n2 = certified_norm(n2, absolute, cu_seqlens, a.shape[1], g.shape[1])
+    factors = clip_factors(n2, threshold, clipping, stability)
+    scaled_mm(a, g, cu_seqlens, factors, out, bias_out, row_multiple)
+    return n2
 
 
 def _padded(x: Tensor, starts: Tensor, lengths: Tensor, length: int) -> Tensor:

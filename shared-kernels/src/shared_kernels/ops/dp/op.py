@@ -71,6 +71,14 @@ mm_clip_ = declare(
     fake=_fake_norms,
     unsupported=launch.unsupported,
 )
+gram_clip_ = declare(
+    "segment_gram_clip_(Tensor a, Tensor g, Tensor cu_seqlens, Tensor threshold, Tensor(a!) out,"
+    " Tensor(b!)? bias_out, str clipping, float stability, SymInt? max_seqlen,"
+    " SymInt row_multiple) -> Tensor",
+    implementations={"reference": reference.gram_clip, "triton": launch.gram_clip},
+    fake=_fake_norms,
+    unsupported=launch.unsupported,
+)
 sums = declare(
     "segment_sums(Tensor x, Tensor? g, Tensor cu_seqlens) -> Tensor",
     implementations={"reference": reference.sums, "triton": launch.sums},

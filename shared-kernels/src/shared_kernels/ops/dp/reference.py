@@ -247,6 +247,26 @@ def certified_norm(
     return n2.clamp(min=0) + steps * (torch.finfo(absolute.dtype).eps * absolute)
 
 
+def gram_clip(
+    a: Tensor,
+    g: Tensor,
+    cu_seqlens: Tensor,
+    threshold: Tensor,
+    out: Tensor,
+    bias_out: Tensor | None,
+    clipping: str,
+    stability: float,
+    max_seqlen: int | None,
+    row_multiple: int,
+) -> Tensor:
+    """Certify the Gram norms, make factors of them, and add the scaled sum."""
+    n2, absolute = gram_norm(a, g, cu_seqlens, bias_out is not None, max_seqlen)
+    n2 = certified_norm(n2, absolute, cu_seqlens, a.shape[1], g.shape[1])
+    factors = clip_factors(n2, threshold, clipping, stability)
+    scaled_mm(a, g, cu_seqlens, factors, out, bias_out, row_multiple)
+    return n2
+
+
 def mm_clip(
     a: Tensor,
     g: Tensor,

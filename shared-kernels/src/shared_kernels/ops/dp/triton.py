@@ -289,6 +289,21 @@ def squares_kernel(x_ptr, part_ptr, size, parts, BLOCK: tl.constexpr, STEPS: tl.
     tl.store(part_ptr + tl.program_id(0), tl.sum(total, 0))
 
 
+@triton.jit
+def factor_of(n2, threshold, stability, AUTOMATIC: tl.constexpr, SHRINK: tl.constexpr):
+    """Return the factors of squared norms, see `reference.clip_factors`."""
+    # comparisons with NaN are false: a norm that is not finite never gets a factor
+    norm = tl.sqrt_rn(tl.where(n2 >= 0.0, n2, float("nan")))
+    if AUTOMATIC:
+        factor = tl.div_rn(threshold + tl.zeros_like(norm), norm + stability)
+    else:
+        # a norm of 0 would divide by it
+        quotient = tl.div_rn(threshold + tl.zeros_like(norm), tl.where(norm > 0, norm, 1.0))
+        factor = tl.where(norm <= threshold, 1.0, quotient)
+    factor = tl.where(threshold == float("inf"), factor, factor * SHRINK)
+    return tl.where((norm < float("inf")) & (factor < float("inf")), factor, 0.0)
+
+
 @triton.jit(
     do_not_specialize=["first", "length", "stability"],
     do_not_specialize_on_alignment=["n2_ptr"],
@@ -329,17 +344,8 @@ def factors_kernel(
         n2 = tl.where(kept, n2, float("nan"))
     if n2_ptr is not None:
         tl.store(n2_ptr + unit, n2)
-    threshold = tl.load(threshold_ptr)
-    # comparisons with NaN are false: a norm that is not finite never gets a factor
-    norm = tl.sqrt_rn(tl.where(n2 >= 0.0, n2, float("nan")))
-    if AUTOMATIC:
-        factor = tl.div_rn(threshold, norm + stability)
-    else:
-        # a norm of 0 would divide by it
-        factor = tl.where(norm <= threshold, 1.0, tl.div_rn(threshold, tl.where(norm > 0, norm, 1)))
-    factor = tl.where(threshold == float("inf"), factor, factor * SHRINK)
-    finite = (norm < float("inf")) & (factor < float("inf"))
-    tl.store(factor_ptr + unit, tl.where(finite, factor, 0.0))
+    factor = factor_of(n2, tl.load(threshold_ptr), stability, AUTOMATIC, SHRINK)
+    tl.store(factor_ptr + unit, factor)
 
 
 @triton.jit(do_not_specialize=["units"])

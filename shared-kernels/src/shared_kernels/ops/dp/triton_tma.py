@@ -7,6 +7,8 @@ which leaves registers and issue slots to the tensor cores; what lies outside a 
 import triton
 import triton.language as tl
 
+from shared_kernels.ops.dp.triton import factor_of
+
 
 @triton.jit
 def _dot(x, y, total, WIDEN: tl.constexpr):
@@ -130,22 +132,85 @@ def product_kernel(
     tl.store(part_ptr + pid, tl.sum(tl.sum(tile * tile, 1), 0))
 
 
-@triton.jit(do_not_specialize=["units"])
-def order_kernel(scale_ptr, cu_ptr, order_ptr, units, MULTIPLE: tl.constexpr, BLOCK: tl.constexpr):
-    """Rank units by the size of their scale; poison all where a boundary is no multiple."""
+@triton.jit
+def _rank(scale_ptr, order_ptr, units, BLOCK: tl.constexpr, STEP: tl.constexpr):
+    """Write the numbers of the units by the size of their scale, NaN last."""
     index = tl.arange(0, BLOCK)
     size = tl.abs(tl.load(scale_ptr + index, mask=index < units, other=0.0))
-    # NaN is not ordered: it goes last
-    size = tl.where(size == size, size, float("inf"))
+    size = tl.where(size == size, size, float("inf"))[:, None]
     rank = tl.zeros((BLOCK,), tl.int32)
-    for j in range(units):
-        other = tl.abs(tl.load(scale_ptr + j))
-        other = tl.where(other == other, other, float("inf"))
-        rank += ((other < size) | ((other == size) & (j < index))).to(tl.int32)
+    for first in range(0, units, STEP):
+        other = first + tl.arange(0, STEP)
+        theirs = tl.abs(tl.load(scale_ptr + other, mask=other < units, other=0.0))
+        theirs = tl.where(theirs == theirs, theirs, float("inf"))[None, :]
+        before = (theirs < size) | ((theirs == size) & (other[None, :] < index[:, None]))
+        rank += tl.sum((before & (other < units)[None, :]).to(tl.int32), 1)
     tl.store(order_ptr + rank, index, mask=index < units)
+
+
+@triton.jit
+def _check_multiples(cu_ptr, order_ptr, units, MULTIPLE: tl.constexpr, BLOCK: tl.constexpr):
+    """Note behind the order whether a boundary is no multiple."""
+    index = tl.arange(0, BLOCK)
     bound = tl.load(cu_ptr + index + 1, mask=index < units, other=0)
-    broken = tl.max((bound % MULTIPLE != 0).to(tl.int32), 0)
-    tl.store(order_ptr + units, broken)
+    tl.store(order_ptr + units, tl.max((bound % MULTIPLE != 0).to(tl.int32), 0))
+
+
+@triton.jit(do_not_specialize=["units"])
+def order_kernel(
+    scale_ptr, cu_ptr, order_ptr, units, MULTIPLE: tl.constexpr, BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+):  # fmt: skip
+    """Rank units for `scaled_mm_kernel`."""
+    _rank(scale_ptr, order_ptr, units, BLOCK, STEP)
+    _check_multiples(cu_ptr, order_ptr, units, MULTIPLE, BLOCK)
+
+
+@triton.jit(do_not_specialize=["units", "steps", "stability"])
+def finish_kernel(
+    part_ptr,
+    cu_ptr,
+    threshold_ptr,
+    n2_ptr,
+    factor_ptr,
+    order_ptr,
+    units,
+    parts,
+    steps,
+    stability,
+    AUTOMATIC: tl.constexpr,
+    SHRINK: tl.constexpr,
+    EPS: tl.constexpr,
+    MULTIPLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Make certified norms and factors of the partial sums of `gram_kernel`, and rank the units.
+
+    ``part_ptr`` holds the parts of the norms, then those of the absolute values.
+    """
+    index = tl.arange(0, BLOCK)
+    real = index < units
+    n2 = tl.zeros((BLOCK,), tl.float32)
+    absolute = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, parts, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)
+        mask = real[:, None] & (column < parts)[None, :]
+        offset = index[:, None] * parts + column[None, :]
+        n2 += tl.sum(tl.load(part_ptr + offset, mask=mask, other=0.0), 1)
+        offset += units * parts
+        absolute += tl.sum(tl.load(part_ptr + offset, mask=mask, other=0.0), 1)
+    start = tl.load(cu_ptr + index, mask=real, other=0)
+    length = (tl.load(cu_ptr + index + 1, mask=real, other=0) - start).to(tl.float32)
+    n2 = tl.where(n2 < 0.0, 0.0, n2) + (tl.sqrt_rn(length) + steps) * (EPS * absolute)
+    tl.store(n2_ptr + index, n2, mask=real)
+    factor = factor_of(n2, tl.load(threshold_ptr), stability, AUTOMATIC, SHRINK)
+    tl.store(factor_ptr + index, factor, mask=real)
+    # ranking reads the factors of other threads
+    tl.debug_barrier()
+    _rank(factor_ptr, order_ptr, units, BLOCK, STEP)
+    _check_multiples(cu_ptr, order_ptr, units, MULTIPLE, BLOCK)
 
 
 @triton.jit(do_not_specialize=["units", "splits"])

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from shared_kernels._library import interpreting
+from shared_kernels.ops.dp import reference
 
 #: Launch configurations. Two accumulators of 128 x 256 would not fit the registers.
 GRAM = {"BT": 128, "BK": 64, "num_warps": 8, "num_stages": 4}
@@ -15,6 +16,8 @@ PRODUCT = {"BP": 128, "BD": 256, "GROUP": 8, "num_warps": 8, "num_stages": 3}
 DEPTHS = (64, 32, 16)
 #: Units that one program can rank, and programs that fill a large GPU once.
 RANKED, ONE_WAVE = 1024, 132
+#: Units that a rank is compared with at a time.
+RANK_STEP = 32
 #: Programs that fill a large GPU twice. A constant, so that sums do not depend on the GPU.
 PROGRAMS = 264
 
@@ -28,6 +31,11 @@ def capability(device: torch.device) -> tuple[int, int]:
 def ceil_div(numerator: int, denominator: int) -> int:
     """Divide and round up."""
     return -(-numerator // denominator)
+
+
+def power_of_two(count: int) -> int:
+    """Return the power of two that is not below a positive number."""
+    return 1 << max(count - 1, 0).bit_length()
 
 
 def fits(*matrices: Tensor) -> bool:
@@ -54,10 +62,14 @@ def depth_of(row_multiple: int) -> int | None:
     return next((depth for depth in DEPTHS if row_multiple % depth == 0), None)
 
 
-def gram(
+def gram_parts(
     first: Tensor, g: Tensor, cu_seqlens: Tensor, longest: int, *, padding: int, **options: bool
-) -> tuple[Tensor, Tensor]:
-    """See `reference.gram_norm`, and `reference.token_gram_norm` for one-dimensional tokens."""
+) -> Tensor:
+    """Sums of parts of `reference.gram_norm` (`reference.token_gram_norm` for tokens).
+
+    Returns:
+        float32 ``(2, U, parts)``: of the norms, and of the absolute values.
+    """
     from shared_kernels.ops.dp import triton_tma
 
     kernel: Any = triton_tma.gram_kernel
@@ -83,8 +95,53 @@ def gram(
         **options,
         **config,
     )
-    n2, absolute = sums.sum(2)
-    return n2, absolute
+    return sums
+
+
+def gram_clip(
+    a: Tensor,
+    g: Tensor,
+    cu_seqlens: Tensor,
+    threshold: Tensor,
+    out: Tensor,
+    clipping: str,
+    stability: float,
+    longest: int,
+    depth: int,
+) -> Tensor:
+    """See `reference.gram_clip`, without a bias: three launches."""
+    from shared_kernels.ops.dp import triton_tma
+
+    parts = gram_parts(
+        a, g, cu_seqlens, longest, padding=0, BIAS=False, TOKENS=False, PADDING=False
+    )
+    units = cu_seqlens.shape[0] - 1
+    n2, factors = g.new_empty(2, units, dtype=torch.float32)
+    order = cu_seqlens.new_empty(units + 1)
+    block = power_of_two(units)
+    finish: Any = triton_tma.finish_kernel
+    finish[(1,)](
+        parts,
+        cu_seqlens,
+        threshold,
+        n2,
+        factors,
+        order,
+        units,
+        parts.shape[2],
+        reference.gram_steps(a.shape[1], g.shape[1]),
+        stability,
+        AUTOMATIC=clipping == "automatic",
+        SHRINK=reference.SHRINK,
+        EPS=torch.finfo(torch.float32).eps,
+        MULTIPLE=depth,
+        BLOCK=block,
+        STEP=min(block, RANK_STEP),
+        COLUMNS=max(1, 4096 // block),
+        num_warps=8,
+    )
+    _ordered_scaled_mm(a, g, cu_seqlens, factors, order, out, depth)
+    return n2
 
 
 def mm_norm(a: Tensor, g: Tensor, cu_seqlens: Tensor, depth: int) -> Tensor:
@@ -148,14 +205,31 @@ def scaled_mm(
     """See `reference.scaled_mm`, without a bias; NaN where a boundary is no multiple of depth."""
     from shared_kernels.ops.dp import triton_tma
 
+    units = cu_seqlens.shape[0] - 1
+    order = cu_seqlens.new_empty(units + 1)
+    block = power_of_two(units)
+    rank: Any = triton_tma.order_kernel
+    rank[(1,)](
+        scale, cu_seqlens, order, units, MULTIPLE=depth, BLOCK=block, STEP=min(block, RANK_STEP)
+    )
+    _ordered_scaled_mm(a, g, cu_seqlens, scale, order, out, depth)
+
+
+def _ordered_scaled_mm(
+    a: Tensor,
+    g: Tensor,
+    cu_seqlens: Tensor,
+    scale: Tensor,
+    order: Tensor,
+    out: Tensor,
+    depth: int,
+) -> None:
+    from shared_kernels.ops.dp import triton_tma
+
     if out.stride(0) == 1 or a.shape[1] < PRODUCT["BD"] <= g.shape[1]:
         # the wide side of a tile lies along the output's rows
         a, g, out = g, a, out.t()
     units, tiles = cu_seqlens.shape[0] - 1, _tiles(a, g)
-    order = cu_seqlens.new_empty(units + 1)
-    block = 1 << max(units - 1, 0).bit_length()
-    rank: Any = triton_tma.order_kernel
-    rank[(1,)](scale, cu_seqlens, order, units, MULTIPLE=depth, BLOCK=block, num_warps=4)
     splits = max(1, min(units, ONE_WAVE // tiles))
     parts = out[None] if splits == 1 else out.new_empty(splits, *out.shape)
     kernel: Any = triton_tma.scaled_mm_kernel
