@@ -192,15 +192,16 @@ def finish_kernel(
     """
     index = tl.arange(0, BLOCK)
     real = index < units
-    n2 = tl.zeros((BLOCK,), tl.float32)
-    absolute = tl.zeros((BLOCK,), tl.float32)
+    norms = tl.zeros((BLOCK, COLUMNS), tl.float32)
+    sizes = tl.zeros((BLOCK, COLUMNS), tl.float32)
     for first in range(0, parts, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
         mask = real[:, None] & (column < parts)[None, :]
         offset = index[:, None] * parts + column[None, :]
-        n2 += tl.sum(tl.load(part_ptr + offset, mask=mask, other=0.0), 1)
-        offset += units * parts
-        absolute += tl.sum(tl.load(part_ptr + offset, mask=mask, other=0.0), 1)
+        norms += tl.load(part_ptr + offset, mask=mask, other=0.0)
+        sizes += tl.load(part_ptr + units * parts + offset, mask=mask, other=0.0)
+    n2 = tl.sum(norms, 1)
+    absolute = tl.sum(sizes, 1)
     start = tl.load(cu_ptr + index, mask=real, other=0)
     length = (tl.load(cu_ptr + index + 1, mask=real, other=0) - start).to(tl.float32)
     n2 = tl.where(n2 < 0.0, 0.0, n2) + (tl.sqrt_rn(length) + steps) * (EPS * absolute)
