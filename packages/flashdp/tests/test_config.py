@@ -39,6 +39,7 @@ GOOD = {"target_epsilon": 8.0, "target_delta": 1e-6, "expected_batch_size": 256}
         ({"max_physical_batch_size": 8.0}, TypeError, "max_physical_batch_size"),
         ({"max_batch_size": 255}, ValueError, "max_batch_size: .*256, got 255"),
         ({"secure_rng": 1}, TypeError, "secure_rng"),
+        ({"check_independence": 1}, TypeError, "check_independence"),
         ({"seed": 3}, ValueError, "seed: .*got 3; .*secure_rng=False"),
         ({"secure_rng": False}, ValueError, "seed: .*got None"),
         ({"secure_rng": False, "seed": -1}, ValueError, "seed"),

@@ -30,6 +30,7 @@ def report(**changes):
         "secure_rng": True,
         "coverage": COVERED,
         "public_n": 25_600,
+        "independence": "loss",
     }
     return PrivacyReport(**{**fields, **changes})
 

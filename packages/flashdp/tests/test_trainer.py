@@ -117,6 +117,26 @@ def test_adapters(tmp_path):
     assert all("lora_" in c.parameter for c in trainer.privacy_report().coverage)
 
 
+def test_the_first_batch_shows_that_units_are_independent(tmp_path):
+    trainer = make(tmp_path, NOISE)
+    trainer.train()
+    assert trainer.privacy_report().independence == "loss"
+    trainer = make(tmp_path, NOISE.replace(check_independence=False), max_steps=1)
+    trainer.train()
+    assert trainer.privacy_report().independence == "skipped"
+
+
+def test_one_loss_per_row_that_depends_on_other_rows(tmp_path):
+    def contrast(outputs, labels, num_items_in_batch=None):
+        rows = outputs.logits.mean((1, 2))
+        return rows * rows.mean()
+
+    trainer = make(tmp_path, compute_loss_func=contrast)
+    with pytest.raises(PrivacyError, match="so it is the loss"):
+        trainer.train()
+    assert trainer.engine.accountant.steps == 0
+
+
 def test_rows_of_a_user_are_one_unit(tmp_path):
     privacy = NOISE.replace(
         noise_multiplier=0.0, unit_ids_key="user", max_rows_per_unit=2, expected_batch_size=2

@@ -17,9 +17,9 @@ from flashdp.rules.matrix import FLATTENING
 from flashdp.units import Units
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
-__all__ = ["Issue", "find_issues", "find_layers", "restore", "take_over"]
+__all__ = ["Issue", "find_issues", "find_layers", "private_parameters", "restore", "take_over"]
 
 _MIXING = (nn.modules.batchnorm._BatchNorm,)
 
@@ -134,6 +134,28 @@ def find_layers(model: nn.Module, *, fallback: bool = False) -> list[tuple[Priva
             "no parameter of the model requires a gradient; unfreeze what is to be trained"
         )
     return found
+
+
+def private_parameters(
+    layers: Sequence[Any], optimizer: torch.optim.Optimizer
+) -> dict[nn.Parameter, str]:
+    """Return the private parameters in a fixed order, with their full names.
+
+    Raises:
+        ValueError: The optimizer holds other parameters.
+    """
+    params: dict[nn.Parameter, str] = {}
+    for layer in layers:
+        for local, full in layer.names.items():
+            params.setdefault(layer.parameter(local), full)
+    held = {p for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+    if strangers := held - params.keys():
+        shapes = [tuple(p.shape) for p in list(strangers)[:3]]
+        raise ValueError(
+            f"the optimizer holds {len(strangers)} parameters that are not the model's (shapes "
+            f"{shapes}): they would train without privacy"
+        )
+    return {p: name for p, name in params.items() if p in held}
 
 
 def take_over(layers: list[tuple[PrivateLayer, Rule]], collector: Collector) -> None:

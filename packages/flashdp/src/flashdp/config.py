@@ -61,6 +61,8 @@ class PrivacyArguments:
         unit_ids_key: Column that says whose row it is: the guarantee is then for all rows of one
             user. ``None`` protects single rows.
         max_rows_per_unit: Rows of one user that a step uses, at most.
+        check_independence: Probe the first batch for units that move each other's gradients; the
+            report says if that was left out.
     """
 
     target_epsilon: float | None = None
@@ -85,6 +87,7 @@ class PrivacyArguments:
     seed: int | None = None
     unit_ids_key: str | None = None
     max_rows_per_unit: int | None = None
+    check_independence: bool = True
 
     def __post_init__(self) -> None:
         """Check every field and what they say together."""
@@ -121,6 +124,8 @@ class PrivacyArguments:
             )
         self._check_seed()
         self._check_units()
+        if not isinstance(self.check_independence, bool):
+            raise self._error("check_independence", "true or false", "give a boolean", TypeError)
         if self.thresholds == "adaptive" and self.clipping != "abadi":
             raise self._error(
                 "thresholds",

@@ -10,17 +10,18 @@ import torch
 from torch import nn
 
 from flashdp.accounting import Accountant, Mechanism, adaptive_split, calibrate
-from flashdp.attach import find_layers, restore, take_over
+from flashdp.attach import find_layers, private_parameters, restore, take_over
 from flashdp.collector import Collector
 from flashdp.errors import PrivacyError
 from flashdp.groups import AdaptiveThresholds, Calibration, make_groups
+from flashdp.independence import Independence
 from flashdp.losses import LossReplacement
 from flashdp.noise import NoiseSource
 from flashdp.report import report_of
-from flashdp.units import Units
+from flashdp.units import units_of_call
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -95,6 +96,7 @@ class PrivacyEngine:
         loss_reduction: str = "sum",
         strategy: str = "auto",
         fallback: bool = False,
+        check_independence: bool = True,
     ) -> tuple[nn.Module, torch.optim.Optimizer, Any]:
         """Attach to a model and its optimizer; all three are returned as given, changed in place.
 
@@ -119,6 +121,7 @@ class PrivacyEngine:
             strategy: How matrices' norms are taken: ``"gram"``, ``"recompute"``, ``"spill"``, or
                 ``"auto"``.
             fallback: Allow one gradient per row where no rule fits.
+            check_independence: Run :meth:`validate` on the first batch. The report says if not.
 
         Raises:
             PrivacyError: Something trainable is not covered, or mixes units.
@@ -138,7 +141,7 @@ class PrivacyEngine:
                 raise ValueError(f"{name}: {value!r} is none of {', '.join(choices)}")
         found = find_layers(model, fallback=fallback)
         layers = [layer for layer, _ in found]
-        self._parameters = _private_parameters(layers, optimizer)
+        self._parameters = private_parameters(layers, optimizer)
         groups = make_groups(model, layers, grouping)
         device = next(iter(self._parameters)).device
         self.calibration = Calibration(
@@ -164,6 +167,7 @@ class PrivacyEngine:
         self.collector.thresholds = self.calibration.thresholds
         take_over(found, self.collector)
         self._model, self._loader = model, data_loader
+        self.independence = Independence(self, wanted=check_independence)
         self._hook(model, optimizer)
         return model, optimizer, data_loader
 
@@ -247,6 +251,27 @@ class PrivacyEngine:
         self.loss = LossReplacement(model)
         self._removers.append(self.loss)
 
+    def validate(
+        self, batch: Any, *, loss: Callable[[Any, Any], Tensor] | None = None, other: Any = None
+    ) -> None:
+        """Check by numbers that no unit's data moves another unit's gradients.
+
+        Half of the units get other data, then the other half; the rest's gradients of every layer
+        may move by rounding only. Runs in the model's present mode, changes neither model, engine
+        nor random state. Unasked, the first batch is checked so, up to a loss outside the model.
+
+        Args:
+            batch: What the model is called with, of 2 units or more: a mapping, a tuple or a
+                tensor, rows first; or what ``loss`` takes.
+            loss: ``loss(model, batch)``; default: the output's loss, or a sum over its rows.
+            other: A batch of the same shapes to take other data from; default: rows turned around.
+
+        Raises:
+            PrivacyError: Units are coupled; layers, units, cause and remedy are named.
+            ValueError: The batch has one unit, or cannot show anything.
+        """
+        self.independence.validate(batch, loss, other)
+
     def detach(self) -> None:
         """Give the model and the optimizer back as they were; what was gathered is dropped."""
         if self._model is None:
@@ -261,37 +286,25 @@ class PrivacyEngine:
     def _before_forward(self, args: Any, kwargs: dict[str, Any]) -> Any:
         given = {key: kwargs[key] for key in BATCH_KEYS if key in kwargs}
         rest = {key: value for key, value in kwargs.items() if key not in given}
-        if torch.is_grad_enabled() and self.collector is not None:
-            current = getattr(self._loader, "current", None)
-            if not given and current is not None:
-                given = {
-                    "dp_mask": current.mask, "dp_rows": current.rows, "dp_last": current.last
-                }  # fmt: skip
-                if current.first:
-                    # A step that was broken off is drawn anew.
-                    self.collector.abandon()
-            self._last = bool(given.get("dp_last", True))
-            self.collector.begin(self._units(args, rest, given))
+        if not torch.is_grad_enabled() or self.collector is None:
+            return args, rest
+        mean = self.loss_reduction == "mean"
+        if self.independence.running:
+            # Padding rows are rows too: what they do to others would be seen.
+            given.pop("dp_mask", None)
+            self.collector.begin(units_of_call(args, rest, given, mean=mean))
+            return args, rest
+        current = getattr(self._loader, "current", None)
+        if not given and current is not None:
+            given = {"dp_mask": current.mask, "dp_rows": current.rows, "dp_last": current.last}
+            if current.first:
+                # A step that was broken off is drawn anew.
+                self.collector.abandon()
+        self._last = bool(given.get("dp_last", True))
+        units = units_of_call(args, rest, given, mean=mean)
+        self.independence.before(args, rest, units, given.get("dp_rows"))
+        self.collector.begin(units)
         return args, rest
-
-    def _units(self, args: Any, kwargs: Mapping[str, Any], given: Mapping[str, Any]) -> Units:
-        tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.ndim]
-        if not tensors:
-            raise PrivacyError(
-                "the model was called without a tensor, so the rows of the batch cannot be counted"
-            )
-        rows, device = len(tensors[0]), tensors[0].device
-        scale = float(rows) if self.loss_reduction == "mean" else 1.0
-        mask, cu_rows = given.get("dp_mask"), given.get("dp_rows")
-        if cu_rows is None:
-            return Units.one_per_row(rows, device, mask, scale=scale)
-        units = Units.grouped(cu_rows.cpu(), device, mask, scale=scale)
-        if units.rows != rows:
-            raise PrivacyError(
-                f"the batch has {rows} rows, its units {units.rows}: they belong to different "
-                "batches"
-            )
-        return units
 
     @torch.no_grad()
     def _before_step(self) -> None:
@@ -383,24 +396,6 @@ class PrivacyEngine:
             )
         self.accountant.load_state_dict(state["accountant"])
         self.calibration.thresholds.copy_(thresholds)
-
-
-def _private_parameters(
-    layers: Sequence[Any], optimizer: torch.optim.Optimizer
-) -> dict[nn.Parameter, str]:
-    """Private parameters in a fixed order, by full name."""
-    params: dict[nn.Parameter, str] = {}
-    for layer in layers:
-        for local, full in layer.names.items():
-            params.setdefault(layer.parameter(local), full)
-    held = {p for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
-    if strangers := held - params.keys():
-        shapes = [tuple(p.shape) for p in list(strangers)[:3]]
-        raise ValueError(
-            f"the optimizer holds {len(strangers)} parameters that are not the model's (shapes "
-            f"{shapes}): they would train without privacy"
-        )
-    return {p: name for p, name in params.items() if p in held}
 
 
 def _mechanism(sigma: float, sample_rate: float | None, loader: Any) -> Mechanism:

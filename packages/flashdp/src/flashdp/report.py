@@ -72,6 +72,10 @@ class PrivacyReport:
         user_level: Units are users with all their rows, rather than rows.
         max_rows_per_unit: Rows of a user that a step used at most.
         public_n: The number of units, where it was declared public.
+        independence: What showed that no unit's data moves another unit's gradients: ``"loss"``, a
+            probe of model and loss; ``"outputs"``, one of the model without the loss outside it;
+            ``"not needed"``, no batch had two units; or nothing did: ``"inconclusive"``, it could
+            not be seen, ``"skipped"``, ``"not recorded"``.
         outside: What the guarantee does not cover.
         notes: Further remarks.
         audit_lower_bound: What an audit found ε to be at least.
@@ -94,6 +98,7 @@ class PrivacyReport:
     user_level: bool = False
     max_rows_per_unit: int | None = None
     public_n: int | None = None
+    independence: str = "not recorded"
     outside: tuple[str, ...] = OUTSIDE
     notes: tuple[str, ...] = ()
     audit_lower_bound: float | None = None
@@ -158,6 +163,11 @@ class PrivacyReport:
             (
                 any(m.sampling == "every_step" for m in mechanisms),
                 "batches were not drawn at random: no amplification by sampling is claimed",
+            ),
+            (
+                self.independence not in _INDEPENDENT,
+                "that units do not move one another's gradients was not checked "
+                f"({self.independence}): if they do, clipping bounds nothing",
             ),
             (not self.coverage, "the coverage list is empty"),
             (
@@ -229,6 +239,8 @@ class PrivacyReport:
             f"- Accountant: {self.accountant}, {self.accountant_version}.",
             f"- Random numbers: {self.rng}.",
         ]
+        if self.independence in _INDEPENDENT:
+            lines.append(f"- {_INDEPENDENT[self.independence]}")
         if self.max_rows_per_unit is not None:
             lines.append(f"- A step uses at most {self.max_rows_per_unit} rows of a user.")
         if self.public_n is not None:
@@ -334,11 +346,18 @@ def report_of(
         ),
         user_level=getattr(loader, "user_level", False),
         max_rows_per_unit=getattr(loader, "max_rows_per_unit", None),
+        independence=engine.independence.status,
         public_n=engine.mechanism.dataset_size if public_n is None else public_n,
         notes=tuple(notes),
     )
 
 
+_INDEPENDENT = {
+    "loss": "On a batch, other units' data was replaced and no unit's gradient moved.",
+    "outputs": "On a batch, other units' data was replaced and no unit's gradient moved; the loss, "
+    "which is computed outside the model, has to be a sum over units.",
+    "not needed": "No batch held two units, so none could move another's gradient.",
+}
 _DERIVED = ("unit", "neighbouring", "steps")
 
 

@@ -209,12 +209,25 @@ class DPTrainerMixin(_Base):
         # The stock step would divide the sum over units by it.
         self.current_gradient_accumulation_steps = 1
         mask = inputs["dp_mask"]
+        self._check_independence(model, inputs)
         loss = super().training_step(model, inputs, None)
         if not self.log_non_private_loss:
             return torch.zeros_like(loss)
         # Padding rows repeat a real one: their share is taken off.
         loss = loss * float(mask.float().mean()) / self.privacy.expected_batch_size
         return loss * self.args.per_device_train_batch_size if self._loss_kind == "mean" else loss
+
+    def _check_independence(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        """Probe the first batch, with the loss that training uses."""
+        model.train()
+        if not self.engine.independence.due(len(inputs["dp_mask"])):
+            return
+
+        def loss_of(batch: dict[str, Any]) -> Tensor:
+            with self.compute_loss_context_manager():
+                return self.compute_loss(model, dict(batch))
+
+        self.engine.independence.check(self._prepare_inputs(inputs), loss_of)
 
     def compute_loss(
         self,
@@ -335,7 +348,10 @@ class DPTrainerMixin(_Base):
             thresholds=thresholds,
             noise_allocation=privacy.noise_allocation,
             loss_reduction="mean" if self._loss_kind == "mean" else "sum",
+            check_independence=privacy.check_independence,
         )
+        # With the trainer's loss, below.
+        self.engine.independence.by_itself = False
         if self._restored is not None:
             self.engine.load_state_dict(self._restored["engine"])
             loader.load_state_dict(self._restored["loader"])

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from flashdp.errors import PrivacyError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
-__all__ = ["Units"]
+__all__ = ["Units", "units_of_call"]
 
 
 @dataclass(frozen=True)
@@ -163,3 +165,36 @@ class Units:
             return spread.reshape(self.rows * per_row, *parameter.shape)
         ones = (1,) * (inner - len(lead))
         return parameter.expand(*lead, *ones, *parameter.shape)
+
+
+def units_of_call(
+    args: tuple, kwargs: Mapping[str, Any], given: Mapping[str, Any], *, mean: bool
+) -> Units:
+    """Return the units of a batch, from what a model is called with.
+
+    Args:
+        args: Positional arguments; the first tensor among them, or else among ``kwargs``, has the
+            rows of the batch first.
+        kwargs: Keyword arguments.
+        given: ``dp_mask`` and ``dp_rows``, where they are known.
+        mean: Whether the loss is a mean over rows, to be undone.
+
+    Raises:
+        PrivacyError: There is no tensor, or ``dp_rows`` is of another batch.
+    """
+    tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.ndim]
+    if not tensors:
+        raise PrivacyError(
+            "the model was called without a tensor, so the rows of the batch cannot be counted"
+        )
+    rows, device = len(tensors[0]), tensors[0].device
+    scale = float(rows) if mean else 1.0
+    mask, cu_rows = given.get("dp_mask"), given.get("dp_rows")
+    if cu_rows is None:
+        return Units.one_per_row(rows, device, mask, scale=scale)
+    units = Units.grouped(cu_rows.cpu(), device, mask, scale=scale)
+    if units.rows != rows:
+        raise PrivacyError(
+            f"the batch has {rows} rows, its units {units.rows}: they belong to different batches"
+        )
+    return units
