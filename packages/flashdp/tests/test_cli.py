@@ -93,6 +93,89 @@ def test_report(folder, capsys):
     assert json.loads(out) == PrivacyReport.load(folder).to_dict()
 
 
+@pytest.fixture(scope="module")
+def configuration(tmp_path_factory):
+    """The folder of a small model's configuration, without weights."""
+    from shared_kernels.testing.models import tiny_model
+
+    path = tmp_path_factory.mktemp("model")
+    tiny_model("llama").config.save_pretrained(path)
+    return path
+
+
+def test_check_lists_layers_and_rules(configuration, capsys):
+    status, out, _ = run(capsys, "check", configuration, "--json")
+    found = json.loads(out)
+    assert status == 0
+    assert found["passed"] is True
+    assert found["issues"] == []
+    rules = {layer["name"]: layer["rule"] for layer in found["layers"]}
+    assert rules["model.embed_tokens"] == "table"
+    assert rules["model.layers.*.self_attn.q_proj"] == "matrix"
+    assert sum(layer["parameters"] for layer in found["layers"]) == found["parameters"]
+    status, out, _ = run(capsys, "check", configuration)
+    assert status == 0
+    assert "model.layers.*.mlp.down_proj" in out
+    assert f"{found['parameters']:,} parameters are covered" in out
+
+
+def test_check_exits_with_1_for_a_model_that_is_refused(tmp_path, capsys):
+    from transformers import MambaConfig
+
+    MambaConfig(
+        vocab_size=31, hidden_size=8, state_size=4, num_hidden_layers=1, time_step_rank=2
+    ).save_pretrained(tmp_path)
+    status, out, _ = run(capsys, "check", tmp_path, "--json")
+    found = json.loads(out)
+    assert status == 1
+    assert found["passed"] is False
+    assert any("A_log" in issue["name"] for issue in found["issues"])
+    assert all(issue["remedy"] for issue in found["issues"])
+    status, out, _ = run(capsys, "check", tmp_path)
+    assert status == 1
+    assert "A_log" in out
+    assert "register_dp_rule" in out
+
+
+def test_plan(configuration, capsys):
+    args = ("plan", configuration, "--tokens", 128, "--batch", 4)
+    status, out, _ = run(capsys, *args, "--json")
+    found = json.loads(out)
+    assert status == 0
+    assert (found["units"], found["tokens"], found["device"]) == (4, 128, "cpu")
+    assert found["sums"] == 4 * found["parameters"]
+    assert found["per_sample"] == 4 * found["sums"]
+    status, out, _ = run(capsys, *args)
+    assert status == 0
+    assert "model.layers.*.self_attn.q_proj" in out
+    assert "Estimates" in out
+
+
+AUDIT = ("audit", "--noise-multiplier", 1, "--delta", "1e-5", "--seed", 3)
+
+
+def test_audit_shows_less_than_is_claimed(capsys):
+    status, out, _ = run(capsys, *AUDIT, "--json")
+    found = json.loads(out)
+    assert status == 0
+    assert found["passed"] is True
+    assert 0.5 * found["claim"] < found["epsilon_lower"] <= found["claim"]
+    assert found["claim"] == pytest.approx(4.377, abs=1e-3)
+    assert json.loads(run(capsys, *AUDIT, "--json")[1]) == found
+    status, out, _ = run(capsys, *AUDIT, "--trials", 400)
+    assert status == 0
+    assert "compatible with the claim" in out
+
+
+def test_audit_exits_with_1_when_the_claim_is_false(capsys):
+    status, out, _ = run(capsys, *AUDIT, "--claim", 1, "--json")
+    assert status == 1
+    assert json.loads(out)["passed"] is False
+    status, out, _ = run(capsys, *AUDIT, "--claim", 1)
+    assert status == 1
+    assert "THE CLAIM IS FALSE" in out
+
+
 @pytest.mark.parametrize(
     ("args", "status", "words"),
     [
@@ -105,6 +188,12 @@ def test_report(folder, capsys):
         (["calibrate", "--epsilon", "0", *RUN], 2, "epsilon"),
         (["report", "nowhere"], 2, "nowhere"),
         (["forecast"], 2, "forecast"),
+        (["check", "nowhere/at/all"], 2, "nowhere/at/all"),
+        (["plan", "nowhere/at/all", "--tokens", "8", "--batch", "2"], 2, "nowhere/at/all"),
+        (["plan", "x", "--tokens", "8"], 2, "batch"),
+        (["audit", "--noise-multiplier", "0", "--delta", "1e-5"], 2, "noise_multiplier"),
+        (["audit", "--noise-multiplier", "1", "--delta", "2"], 2, "delta"),
+        (["audit", "--noise-multiplier", "1", "--delta", "1e-5", "--claim", "-1"], 2, "claim"),
     ],
 )
 def test_bad_input_exits_with_2(capsys, args, status, words):
@@ -137,6 +226,17 @@ def test_the_flags_are_these(capsys):
         "calibrate": shared | {"--epsilon"},
         "epsilon": shared | {"--noise-multiplier"},
         "report": {"--run-dir", "--json"},
+        "check": {"--model", "--fallback", "--json"},
+        "plan": {"--model", "--tokens", "--batch", "--device", "--json"},
+        "audit": {
+            "--noise-multiplier",
+            "--delta",
+            "--claim",
+            "--trials",
+            "--confidence",
+            "--seed",
+            "--json",
+        },
     }
     for command, flags in expected.items():
         status, out, _ = run(capsys, command, "--help")

@@ -23,6 +23,9 @@ BAD = {
         "from flashdp.cli import main; main(['calibrate', '--help'])",
         "from flashdp.cli import main; main(['epsilon', '--help'])",
         "from flashdp.cli import main; main(['report', '--help'])",
+        "from flashdp.cli import main; main(['check', '--help'])",
+        "from flashdp.cli import main; main(['plan', '--help'])",
+        "from flashdp.cli import main; main(['audit', '--help'])",
         "from flashdp.cli import main; main(['--version'])",
     ],
 )

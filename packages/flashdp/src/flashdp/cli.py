@@ -1,4 +1,4 @@
-"""The ``flashdp`` command line: noise for a budget, the cost of noise, reports.
+"""The ``flashdp`` command line: noise for a budget, the cost of noise, models, audits, reports.
 
 Results go to stdout, messages to stderr; ``--json`` prints one JSON document instead of tables.
 Exit status: 0 done, 1 the work failed or the target cannot be reached, 2 bad input. No command
@@ -12,11 +12,14 @@ import logging
 import math
 import sys
 from pathlib import Path  # noqa: TC003 (cyclopts reads the annotations)
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
 from flashdp.config import AccountantKind  # noqa: TC001 (as above)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 app = App(
     name="flashdp",
@@ -26,6 +29,7 @@ app = App(
 )
 
 JsonFlag = Annotated[bool, Parameter(name="--json", negative="")]
+FallbackFlag = Annotated[bool, Parameter(negative="")]
 
 
 @app.command
@@ -91,6 +95,148 @@ def epsilon(
     rate = _rate(sample_rate, batch_size, units)
     truncation = _truncation(max_batch_size, units)
     return _print_cost(noise_multiplier, delta, rate, steps, accountant, truncation, json_output)
+
+
+@app.command
+def check(model: str, *, fallback: FallbackFlag = False, json_output: JsonFlag = False) -> int:
+    """Say whether a model can be trained privately, and which rule covers each layer.
+
+    Only the configuration is read; the exit status is 1 if something is refused.
+
+    Args:
+        model: Folder with a config.json, such a file, or a name on the Hugging Face hub.
+        fallback: Allow one gradient per row where no rule fits.
+        json_output: Print JSON.
+    """
+    from flashdp.check import check_model, outline
+
+    found = check_model(outline(model), fallback=fallback)
+    if json_output:
+        _print_json({"model": model, **found.to_dict()})
+        return 0 if found.passed else 1
+    _print_table(
+        [
+            (e.name, str(e.count), e.kind, _shape(e.shape), f"{e.parameters:,}", e.rule or "none")
+            for e in found.layers
+        ],
+        ("layers", "count", "class", "shape", "parameters", "rule"),
+    )
+    if found.passed:
+        print(f"{found.parameters:,} parameters are covered, {found.frozen:,} are frozen.")
+        return 0
+    print("The model cannot be trained privately as it is:")
+    for issue in found.issues:
+        print(f"- {issue}")
+    return 1
+
+
+@app.command
+def plan(
+    model: str,
+    *,
+    tokens: int,
+    batch: int,
+    device: Literal["cpu", "cuda"] = "cpu",
+    json_output: JsonFlag = False,
+) -> int:
+    """Estimate what a private step costs, and how each layer's norms would be taken.
+
+    Numbers are counted, not measured: FLOPs of the layers' products beside an ordinary step's,
+    bytes moved and held beyond those of weights and activations, and the time that these take at
+    the device's rates, relative to an ordinary step. All parameters are trained, clipped by module.
+
+    Args:
+        model: Folder with a config.json, such a file, or a name on the Hugging Face hub.
+        tokens: Of each row.
+        batch: Rows of a physical batch, a privacy unit each.
+        device: Whose rates decide: a typical CPU's, or this GPU's, measured.
+        json_output: Print JSON.
+    """
+    from flashdp.check import outline
+    from flashdp.forecast import forecast
+
+    found = forecast(outline(model), units=batch, tokens=tokens, device=device)
+    if json_output:
+        return _print_json({"model": model, **found.to_dict()})
+    _print_table(
+        [
+            (
+                e.name, str(e.count), e.strategy,
+                f"{e.flops / 1e9:,.1f}", f"{e.extra_flops / 1e9:,.1f}", _bytes(e.extra_bytes),
+                f"{e.slowdown:.2f}", _bytes(e.workspace),
+            )
+            for e in found.layers
+        ],
+        ("layers", "count", "norms by", "GFLOP", "GFLOP added", "bytes added", "time", "workspace"),
+    )  # fmt: skip
+    rows = [
+        ("FLOPs, relative to an ordinary step", f"{found.flops_ratio:.2f}"),
+        ("time of the products, relative", f"{found.slowdown:.2f}"),
+        ("float32 sums, in place of gradients", _bytes(found.sums)),
+        ("largest workspace of a layer", _bytes(found.workspace)),
+        ("one gradient per unit, which is not kept", _bytes(found.per_sample)),
+    ]
+    _print_table(rows)
+    where = "a typical CPU" if device == "cpu" else "this GPU, measured just now"
+    print(f"Estimates, at the rates of {where}; attention's own products, elementwise work and")
+    print("the noise are not counted.")
+    return 0
+
+
+@app.command
+def audit(
+    *,
+    noise_multiplier: float,
+    delta: float,
+    claim: float | None = None,
+    trials: int = 5000,
+    confidence: float = 0.95,
+    seed: int | None = None,
+    json_output: JsonFlag = False,
+) -> int:
+    """Attack the noise that is drawn, and compare the epsilon this proves with the claimed one.
+
+    One step that every unit is in, seen by an attacker who knows all but one bit. The exit status
+    is 1 if the lower bound on epsilon is above the claim.
+
+    Args:
+        noise_multiplier: Standard deviation of the noise over the sensitivity.
+        delta: Delta of both epsilons.
+        claim: Epsilon to hold the noise to; by default what the noise multiplier costs.
+        trials: Outputs with and without the canary, each.
+        confidence: Of the lower bound.
+        seed: Audit the repeatable noise of this seed instead of the secure one.
+        json_output: Print JSON.
+    """
+    from dataclasses import asdict
+
+    from flashdp.audit import audit_mechanism
+    from flashdp.noise import NoiseSource
+
+    if claim is not None and not claim >= 0:
+        raise ValueError(f"--claim: expected at least 0, got {claim}")
+    found = audit_mechanism(
+        NoiseSource(secure=seed is None, seed=seed),
+        noise_multiplier=noise_multiplier, delta=delta, trials=trials, confidence=confidence,
+    )  # fmt: skip
+    claimed = found.epsilon if claim is None else claim
+    passed = found.epsilon_lower <= claimed
+    if json_output:
+        values = {**asdict(found), "noise_multiplier": noise_multiplier, "claim": claimed}
+        _print_json({**values, "passed": passed})
+    else:
+        _print_table(
+            [
+                ("epsilon claimed", _short(claimed)),
+                (f"epsilon shown, at {confidence:.0%} confidence", _short(found.epsilon_lower)),
+                ("delta", _short(delta)),
+                ("trials with and without the canary", f"{trials:,} each"),
+                ("canaries found", f"{found.true_positive:.2%}"),
+                ("false alarms", f"{found.false_positive:.2%}"),
+                ("verdict", "compatible with the claim" if passed else "THE CLAIM IS FALSE"),
+            ]
+        )
+    return 0 if passed else 1
 
 
 @app.command
@@ -193,11 +339,24 @@ def _print_json(value: Any) -> int:
     return 0
 
 
-def _print_table(rows: list[tuple[str, str]]) -> None:
+def _shape(shape: tuple[int, ...]) -> str:
+    return " x ".join(str(size) for size in shape)
+
+
+def _bytes(count: int) -> str:
+    value, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.3g} {unit}"
+
+
+def _print_table(rows: Sequence[tuple[str, ...]], columns: tuple[str, ...] = ()) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("", "", show_header=False)
+    table = Table(*(columns or ("", "")), show_header=bool(columns))
     for row in rows:
         table.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 200).print(table)
