@@ -205,6 +205,7 @@ def test_annotated_batches_carry_mask_rows_and_last():
         assert torch.equal(batch["dp_rows"], now.rows)
         assert batch["dp_last"].dtype == torch.bool
         assert bool(batch["dp_last"]) == now.last
+        assert int(batch["dp_batch"]) == now.serial
 
 
 def test_what_cannot_be_annotated_is_refused():

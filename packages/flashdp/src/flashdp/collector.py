@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from shared_kernels.ops.dp import clip_factors
@@ -107,6 +107,7 @@ class Collector:
         sums: Clipped sum of each parameter since the last :meth:`take`, float32 or wider.
         below: Per group, how many units were under their threshold, centred: each counts +1/2
             or -1/2 (None unless asked for).
+        batch: Number of the batch that the model was called with last, where it is known.
     """
 
     def __init__(
@@ -141,6 +142,10 @@ class Collector:
         self.sums: dict[nn.Parameter, Tensor] = {}
         self.below: Tensor | None = None
         self._count = count
+        self.batch: int | None = None
+        # Batches of this step that are in the sums, and by which pass; the last of earlier steps.
+        self._summed: dict[int, int] = {}
+        self._past = 0
         self._units: Units | None = None
         self._number = 0
         self._callback = False
@@ -158,8 +163,13 @@ class Collector:
 
     # -- a pass ----------------------------------------------------------------------------------
 
-    def begin(self, units: Units) -> None:
-        """Start a forward pass of the model. An earlier one without a backward is forgotten."""
+    def begin(self, units: Units, batch: Any = None) -> None:
+        """Start a forward pass of the model. An earlier one without a backward is forgotten.
+
+        Args:
+            units: Of the batch.
+            batch: Its number, where a loader has numbered it.
+        """
         if self._callback or any(layer.records for layer in self.layers):
             # Trying a batch again after its backward ran out of memory would count it twice.
             raise PrivacyError(
@@ -169,6 +179,7 @@ class Collector:
         for layer in self.layers:
             layer.reset()
         self._units = units
+        self.batch = None if batch is None else int(batch)
         self._number += 1
 
     def open(self, module: nn.Module) -> Use | None:
@@ -211,6 +222,7 @@ class Collector:
                 "one clipping group (use use_reentrant=False, or a smaller grouping)"
             )
         if not self._callback:
+            self._sum_once()
             torch.autograd.Variable._execution_engine.queue_callback(self._end_of_backward)
             self._callback = True
         layer.records.append(make(use.units))
@@ -218,6 +230,20 @@ class Collector:
         for group in self._groups_of[layer]:
             if not group.late and all(member.pending == 0 for member in group.layers):
                 self._close([group])
+
+    def _sum_once(self) -> None:
+        """Refuse a batch that is in the sums already: its units would count twice."""
+        if self.batch is None:
+            return
+        if self._summed.setdefault(self.batch, self._number) != self._number or (
+            self.batch <= self._past
+        ):
+            raise PrivacyError(
+                "the backward pass of a batch ran a second time, which would count its units twice "
+                "and double what one of them can do: take the next batch from the loader, and run "
+                "a forward that is only looked at under torch.no_grad(); where batches are fetched "
+                "ahead of their use, make the loader with annotate=True"
+            )
 
     def _end_of_backward(self) -> None:
         """Close every group that still holds records: not all uses lead to the loss."""
@@ -314,6 +340,7 @@ class Collector:
     def take(self) -> dict[nn.Parameter, Tensor]:
         """Return the sums and start new ones."""
         sums, self.sums = self.sums, {}
+        self._past, self._summed = max(self._past, *self._summed, 0), {}
         return sums
 
     def abandon(self) -> None:

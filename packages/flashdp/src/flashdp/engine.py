@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PrivacyEngine"]
 
-BATCH_KEYS = ("dp_mask", "dp_rows", "dp_last")
+BATCH_KEYS = ("dp_mask", "dp_rows", "dp_last", "dp_batch")
 
 
 class PrivacyEngine:
@@ -104,7 +104,8 @@ class PrivacyEngine:
             model: The model. Its trainable parameters must all be covered by a rule.
             optimizer: Any optimizer of exactly those parameters.
             data_loader: A Poisson loader (`flashdp.poisson_data_loader`); its mask and unit rows
-                are read at every batch. None: batches come from elsewhere.
+                are read at every batch, and none counts twice. None: batches come from elsewhere,
+                and that each is run backward once is up to the caller.
             noise_multiplier: sigma, noise over sensitivity.
             max_grad_norm: C for one unit's whole contribution, or one threshold per group.
             expected_batch_size: B, the public constant by which sums are divided.
@@ -296,14 +297,17 @@ class PrivacyEngine:
             return args, rest
         current = getattr(self._loader, "current", None)
         if not given and current is not None:
-            given = {"dp_mask": current.mask, "dp_rows": current.rows, "dp_last": current.last}
-            if current.first:
+            given = {
+                "dp_mask": current.mask, "dp_rows": current.rows, "dp_last": current.last,
+                "dp_batch": current.serial,
+            }  # fmt: skip
+            if current.first and self.collector.batch != current.serial:
                 # A step that was broken off is drawn anew.
                 self.collector.abandon()
         self._last = bool(given.get("dp_last", True))
         units = units_of_call(args, rest, given, mean=mean)
         self.independence.before(args, rest, units, given.get("dp_rows"))
-        self.collector.begin(units)
+        self.collector.begin(units, given.get("dp_batch"))
         return args, rest
 
     @torch.no_grad()

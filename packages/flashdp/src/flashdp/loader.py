@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Hashable, MutableMapping, Sized
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from flashdp.sampling import Indices
 
 _OURS = ("batch_size", "shuffle", "sampler", "batch_sampler", "drop_last")
+# One for each batch that any loader of the process yields.
+_SERIALS = itertools.count(1)
 _KEPT = ("collate_fn", "num_workers", "pin_memory", "timeout", "worker_init_fn")
 
 
@@ -41,12 +44,14 @@ class PhysicalBatch:
         rows: int32 (units + 1,), rows before each unit; the last is the number of rows.
         first: Whether the batch opens a step.
         last: Whether it completes a step.
+        serial: Tells it from every other batch, so that none is counted twice.
     """
 
     mask: Tensor
     rows: Tensor
     first: bool
     last: bool
+    serial: int
 
 
 class PoissonDataLoader:
@@ -169,6 +174,7 @@ class PoissonDataLoader:
                 torch.from_numpy(plan.offsets.astype(np.int32)),
                 plan.first,
                 plan.last,
+                next(_SERIALS),
             )
             if plan.last:
                 self.steps_done = step + 1
@@ -237,8 +243,8 @@ def poisson_data_loader(
         max_rows_per_unit: A user brings at most so many, chosen at random in each step.
         secure_rng: Draw from the operating system's cryptographic generator.
         seed: For repeatable draws, with ``secure_rng=False``.
-        annotate: Put ``dp_mask``, ``dp_rows`` and ``dp_last`` into the batches, which have to be
-            dicts.
+        annotate: Put ``dp_mask``, ``dp_rows``, ``dp_last`` and ``dp_batch``, a number of its own,
+            into the batches, which have to be dicts.
         collate_fn: As for ``torch.utils.data.DataLoader``.
         num_workers: As there.
         **loader_options: As there; what is said about batches and their order is refused.
@@ -460,6 +466,7 @@ def _annotated(batch: Any, current: PhysicalBatch) -> Any:
         "dp_mask": current.mask,
         "dp_rows": current.rows,
         "dp_last": torch.tensor(current.last),
+        "dp_batch": torch.tensor(current.serial),
     }
     if taken := sorted(added.keys() & batch.keys()):
         raise ValueError(f"the batch has {taken} already, which annotate=True would overwrite")

@@ -53,7 +53,7 @@ logger = logging.getLogger(__name__)
 
 STATE_NAME = "flashdp_state.json"
 # Read by the engine on the host.
-_HOST_KEYS = ("dp_rows", "dp_last")
+_HOST_KEYS = ("dp_rows", "dp_last", "dp_batch")
 
 
 class DPTrainerMixin(_Base):
