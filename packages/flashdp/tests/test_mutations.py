@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import flashdp.collector
+import flashdp.records
 import pytest
 import torch
 from flashdp.collector import Collector
@@ -135,6 +136,15 @@ def smaller_norms(patch):
     patch.setattr(flashdp.collector, "clip_factors", factors)
 
 
+def smaller_norms_of_matrices(patch):
+    original = flashdp.records.segment_gram_clip
+
+    def clip(a, g, cu, threshold, *args, **kwargs):
+        return original(a, g, cu, threshold / 0.9, *args, **kwargs)
+
+    patch.setattr(flashdp.records, "segment_gram_clip", clip)
+
+
 def full_threshold_for_each_group(patch):
     original = flashdp.collector.clip_factors
 
@@ -171,6 +181,7 @@ def clipped_batch(patch):
         (halved_noise, check_noise),
         (one_layer_without_noise, check_noise),
         (smaller_norms, check_sensitivity),
+        (smaller_norms_of_matrices, check_sensitivity),
         (full_threshold_for_each_group, check_sensitivity),
         (realised_batch, check_divisor),
         (clipped_batch, check_invariance),
