@@ -169,8 +169,9 @@ def realised_batch(patch):
 def clipped_batch(patch):
     original = Collector.begin
 
-    def begin(self, units):
-        original(self, Units.grouped(torch.tensor([0, units.rows]), units.cu_rows.device))
+    def begin(self, units, *args):
+        together = Units.grouped(torch.tensor([0, units.rows]), units.cu_rows.device)
+        original(self, together, *args)
 
     patch.setattr(Collector, "begin", begin)
 
