@@ -1,7 +1,7 @@
 """Real text that every machine with Python has: the docstrings of the standard library.
 
-Each docstring is one piece of text, as a user's message would be; a byte is a token. The text is
-under the licence of Python (PSF-2.0) and is read where it is installed.
+Each docstring is one document, as a user's message would be. The text is under the licence of
+Python (PSF-2.0) and is read where it is installed, so it differs a little between Python versions.
 """
 
 from __future__ import annotations
@@ -11,34 +11,37 @@ import hashlib
 import sysconfig
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-LENGTH = 48
-"""Bytes kept of each docstring."""
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
-PADDING = 0
-VOCABULARY = 256
+    from transformers import PreTrainedTokenizerBase
+
+LEAST = 24
+"""Bytes that a document has at least."""
 
 _SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
-_LEAST = 24
 
 
-def load() -> tuple[list[bytes], list[bytes]]:
-    """Return training texts and held-out texts, a tenth of all; no text is in both.
+def load() -> tuple[list[str], list[str]]:
+    """Return training and held-out documents, a tenth of all, each with its spaces collapsed.
 
-    The split depends on each text alone.
+    No document is in both; on which side it is depends on its text alone, and so does its place
+    there, which no alphabet decides.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    found: set[bytes] = set()
+    found: set[str] = set()
     for path in sorted(root.rglob("*.py")):
         if not _SKIPPED & set(path.relative_to(root).parts):
             found.update(_docstrings(path))
-    texts = sorted(found)
-    held = [text for text in texts if hashlib.sha256(text).digest()[0] < 26]
-    out = set(held)
-    return [text for text in texts if text not in out], held
+    digests = {hashlib.sha256(text.encode()).digest(): text for text in found}
+    texts = [(digest, digests[digest]) for digest in sorted(digests, key=lambda d: d[::-1])]
+    training = [text for digest, text in texts if digest[0] >= 26]
+    return training, [text for digest, text in texts if digest[0] < 26]
 
 
-def _docstrings(path: Path) -> list[bytes]:
+def _docstrings(path: Path) -> list[str]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -48,15 +51,35 @@ def _docstrings(path: Path) -> list[bytes]:
         return []
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     texts = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
-    encoded = [" ".join(text.split()).encode()[:LENGTH] for text in texts if text]
-    return [text for text in encoded if len(text) >= _LEAST]
+    collapsed = [" ".join(text.split()) for text in texts if text]
+    return [text for text in collapsed if len(text.encode()) >= LEAST]
 
 
-def batch(texts: list[bytes]) -> dict:
-    """Return ``input_ids`` and ``labels``, (texts, LENGTH) int64; padding is not learned."""
+def encode(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int
+) -> list[list[int]]:
+    """Return each document's tokens between the tokenizer's two marks, cut to ``length`` tokens.
+
+    Args:
+        texts: Documents.
+        tokenizer: Any that has marks for a beginning and an end.
+        length: Tokens kept at most, of the marks too.
+    """
+    marked = [f"{tokenizer.bos_token}{text}{tokenizer.eos_token}" for text in texts]
+    found: Any = tokenizer(marked, add_special_tokens=False, truncation=True, max_length=length)
+    return found["input_ids"]
+
+
+def batch(rows: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Return ``input_ids`` and ``labels``, (rows, longest) int64; filling is not learned.
+
+    A causal model needs no mask for it: nothing stands behind it.
+    """
     import torch
 
-    ids = torch.full((len(texts), LENGTH), PADDING)
-    for row, text in enumerate(texts):
-        ids[row, : len(text)] = torch.tensor(list(text))
-    return {"input_ids": ids, "labels": ids.masked_fill(ids == PADDING, -100)}
+    longest = max((len(row) for row in rows), default=1)
+    ids = torch.zeros(len(rows), longest, dtype=torch.int64)
+    labels = torch.full_like(ids, -100)
+    for k, row in enumerate(rows):
+        ids[k, : len(row)] = labels[k, : len(row)] = torch.tensor(row, dtype=torch.int64)
+    return {"input_ids": ids, "labels": labels}
