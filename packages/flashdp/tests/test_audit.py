@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
+import torch
 from dp_accounting import get_sigma_gaussian
-from flashdp.audit import audit_mechanism
+from flashdp.audit import audit_mechanism, audit_one_run, one_run_p_value
 from flashdp.noise import NoiseSource
+from scipy import stats
 
 DELTA = 1e-5
 
@@ -62,3 +67,104 @@ def test_numbers_out_of_range_are_refused(wrong):
     options = {"noise_multiplier": 1.0, "delta": DELTA, **wrong}
     with pytest.raises(ValueError, match=next(iter(wrong))):
         audit_mechanism(NoiseSource(secure=False, seed=0), **options)
+
+
+# -- by a single run -------------------------------------------------------------------------------
+
+CANARIES = 4000
+
+
+def coins(seed=0, count=CANARIES):
+    return np.random.default_rng(seed).random(count) < 0.5
+
+
+def noised(included, std, seed=0):
+    """A sum in which every canary has a coordinate of its own."""
+    source = NoiseSource(secure=False, seed=seed)
+    total = torch.from_numpy(included).float()
+    return source.noised(total, step=0, uid=0, std=std, divisor=1.0, dtype=torch.float32).numpy()
+
+
+def test_one_run_of_the_right_mechanism_passes():
+    claimed = 4.0
+    included = coins()
+    scores = noised(included, get_sigma_gaussian(claimed, DELTA))
+    found = audit_one_run(scores, included, epsilon=claimed, delta=DELTA)
+    assert (found.canaries, found.guesses) == (CANARIES, CANARIES // 10)
+    assert 0.3 * claimed < found.epsilon_lower <= claimed, found
+    assert found.passed
+    assert found.p_value > 0.05
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25])
+def test_one_run_finds_out_noise_that_is_missing_or_a_quarter(share):
+    claimed = 4.0
+    included = coins(1)
+    scores = noised(included, share * get_sigma_gaussian(claimed, DELTA), seed=1)
+    found = audit_one_run(scores, included, epsilon=claimed, delta=DELTA)
+    assert found.epsilon_lower > claimed
+    assert not found.passed
+    assert found.p_value < 0.05
+    # All guesses right show no more than their number allows.
+    assert found.epsilon_lower <= math.log(found.guesses)
+
+
+def test_what_is_independent_of_the_coins_shows_nothing():
+    included = coins(2)
+    scores = np.random.default_rng(5).normal(size=CANARIES)
+    assert audit_one_run(scores, included, epsilon=0.5, delta=DELTA).epsilon_lower == 0.0
+    backwards = audit_one_run(-noised(included, 0.1), included, epsilon=0.5, delta=DELTA)
+    assert backwards.correct == 0
+    assert backwards.epsilon_lower == 0.0
+    assert backwards.p_value == 1.0
+
+
+def test_a_randomised_response_is_bracketed_at_its_confidence():
+    """Answers that are right with probability q are the worst case of epsilon = logit(q)."""
+    epsilon, guesses = 1.5, 500
+    q = 1 / (1 + math.exp(-epsilon))
+    above = 0
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        included = coins(seed, guesses)
+        answers = np.where(rng.random(guesses) < q, included, ~included)
+        found = one_run_p_value(guesses, guesses, int((answers == included).sum()), epsilon, 0.0)
+        above += found < 0.05
+    assert above <= 12
+    assert above >= 1
+
+
+def test_the_p_value_is_the_tail_of_a_binomial_and_what_delta_adds():
+    q = 1 / (1 + math.exp(-1.0))
+    tail = sum(math.comb(20, k) * q**k * (1 - q) ** (20 - k) for k in range(18, 21))
+    assert one_run_p_value(50, 20, 18, 1.0, 0.0) == pytest.approx(tail, rel=1e-9)
+    below = stats.binom.cdf(17, 20, q)
+    steps = [(below - stats.binom.cdf(17 - i, 20, q)) / i for i in range(1, 19)]
+    expected = tail + 2 * 50 * 1e-4 * max(steps)
+    assert one_run_p_value(50, 20, 18, 1.0, 1e-4) == pytest.approx(expected, rel=1e-9)
+    assert one_run_p_value(50, 20, 0, 1.0, 1e-4) == 1.0
+    assert one_run_p_value(50, 20, 18, 1.0, 0.9) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"scores": [1.0]}, "length"),
+        ({"included": [1, 0, 1, 0]}, "bool"),
+        ({"scores": [1.0, math.nan, 2.0, 3.0]}, "NaN"),
+        ({"guesses": 3}, "even"),
+        ({"guesses": 6}, "at most 4"),
+        ({"epsilon": -1.0}, "epsilon"),
+        ({"delta": 0.0}, "delta"),
+        ({"confidence": 1.0}, "confidence"),
+    ],
+)
+def test_a_single_run_with_wrong_input_is_refused(change, words):
+    given = {
+        "scores": [1.0, 2.0, 3.0, 4.0], "included": [True, False, True, False],
+        "epsilon": 1.0, "delta": DELTA, **change,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=words):
+        audit_one_run(given.pop("scores"), given.pop("included"), **given)
+    with pytest.raises(ValueError, match="correct <= guesses"):
+        one_run_p_value(3, 2, 3, 1.0, 0.0)
