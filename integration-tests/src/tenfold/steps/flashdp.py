@@ -32,8 +32,8 @@ class Recipe:
     Attributes:
         name: In the report.
         rank: Of the adapters on all matrices of the decoder; 0 trains every parameter.
-        private_lr: Adam's learning rate with privacy, the best of a few.
-        ordinary_lr: The best of a few without.
+        private_lr: Adam's learning rate with privacy, the better of two.
+        ordinary_lr: Without.
     """
 
     name: str
@@ -373,7 +373,7 @@ def _text(data: Data, plan: Plan, speeds: dict[str, Speed]) -> tuple[str, ...]:
         f"The noise was chosen for ε = {EPSILON:g} by the Rényi accountant, which is fast; what "
         "was spent is stated by dp-accounting's tight one (PLD). The run is seeded and repeats; a "
         "real one draws its noise and its batches from the operating system's generator. The "
-        "losses printed here, and the learning rates, each the best of a few tried on this text, "
+        "losses printed here, and the learning rates, of which a few were tried on this text, "
         "are outside the guarantee.",
         f"Speeds are medians of {speed.rounds} interleaved steps of {speed.rows} rows of "
         f"{speed.length} random tokens: forward, backward, clipping, noise and SGD, in float32. "
@@ -452,7 +452,7 @@ def _loss_plot(runs: dict[str, tuple[Run, Run]]) -> Plot:
     return Plot(
         "Loss on held-out documents",
         svg(draw, title="Loss on held-out docstrings by step, with and without privacy"),
-        "The same documents, batches and optimizer; each run at its own best learning rate.",
+        "The same documents, batches and optimizer; each run at a learning rate of its own.",
     )
 
 
