@@ -403,6 +403,25 @@ def test_kernel_of_certified_norms_is_the_reference(kernel_device):
     assert not got[3:].isfinite().any()
 
 
+@pytest.mark.parametrize("large", [2.0**50, 2.0**-76])
+@pytest.mark.parametrize("beside", [False, True])
+def test_certified_norms_hold_where_products_underflow(variant, large, beside):
+    """Squares of 2^-76 are below float32's smallest number; times 2^50 they are not small."""
+    impl, dtype, device = variant
+    if dtype in (F64, FP16):
+        pytest.skip("has another range")
+    small = 2.0**-26 / large
+    a, g = torch.full((64, 64), small), torch.full((64, 64), large)
+    if beside:  # rows of ordinary size, so that nothing shows in the sums
+        a[:32], g[:32] = 1e-3, 1e-3
+    a, g = a.to(dtype), g.to(dtype)
+    cu = torch.tensor([0, 64], dtype=torch.int32)
+    true = float((g.double().T @ a.double()).square().sum())
+    a, g, cu = (x.to(device) for x in (a, g, cu))
+    n2, absolute = dp.segment_gram_norm(a, g, cu, impl=impl)
+    assert float(dp.certified_norm(n2, absolute, cu, 64, 64)) >= true * (1 - 1e-5)
+
+
 def test_length_of_the_longest_unit_is_only_a_hint(variant):
     impl, dtype, device = variant
     case = make_units([130, 0, 7], 5, 7, dtype).on(device)

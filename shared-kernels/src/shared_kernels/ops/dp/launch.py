@@ -109,6 +109,7 @@ def _gram(
                 first.stride(-1),
                 *g.stride(),
                 parts,
+                LOST=reference.LOST,
                 WIDEN=interpreting(),
                 **options,
                 **config,

@@ -29,6 +29,11 @@ _GRAM_ROWS = 256
 _PRODUCT_ROWS = 8192
 #: What a factor is multiplied by, so that rounding does not take a clipped norm over the threshold.
 SHRINK = 1 - 2.0**-16
+#: What `gram_norm` adds to its absolute values for each pair of rows, times both inner products.
+#: Products below 2^-126 are lost in <a_t, a_s> or <g_t, g_s>, at most d or p of them. That is an
+#: error of the pair of 2^-126 (d |<g_t, g_s>| + p |<a_t, a_s>|), which no bound of rounding sees;
+#: times the (d + p) 5/32 2^-23 of `gram_steps`, 2^-100.3 is enough. Ordinary sums do not move.
+LOST = 2.0**-98
 #: Units in the last place that tensor cores may cut off a sum, for each of its terms.
 DRIFT = 5 / 32
 
@@ -134,16 +139,22 @@ def gram_norm(
                 gram = x[:, low:high] @ x[:, :high].mT
                 if bias:
                     gram += 1
-                gram *= y[:, low:high] @ y[:, :high].mT
-                _add_triangle(gram, low, n2[batch.units], absolute[batch.units])
+                outputs = y[:, low:high] @ y[:, :high].mT
+                lost = (gram.abs() + outputs.abs()).mul_(LOST)
+                gram *= outputs
+                _add_triangle(gram, low, n2[batch.units], absolute[batch.units], lost)
     return n2, absolute
 
 
-def _add_triangle(gram: Tensor, low: int, n2: Tensor, absolute: Tensor) -> None:
+def _add_triangle(
+    gram: Tensor, low: int, n2: Tensor, absolute: Tensor, lost: Tensor | None = None
+) -> None:
     """Add block row ``low`` of the lower triangle, its part left of the diagonal block twice."""
     for total in (n2, absolute):
         if total is absolute:
             gram.abs_()
+            if lost is not None:
+                gram += lost
         total += gram[..., low:].sum((1, 2))
         if low:
             total += 2 * gram[..., :low].sum((1, 2))

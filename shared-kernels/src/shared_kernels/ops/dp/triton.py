@@ -59,6 +59,7 @@ def gram_kernel(
     BIAS: tl.constexpr,
     TOKENS: tl.constexpr,
     PADDING: tl.constexpr,
+    LOST: tl.constexpr,
     WIDEN: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
@@ -94,14 +95,17 @@ def gram_kernel(
             if PADDING:
                 same = same & (row_token != padding)[:, None]
             tile = tl.where(same, tile, 0.0)
-        else:
+        weight = tl.where(i == j, 1.0, 2.0)
+        if not TOKENS:
             inputs = _gram_tile(
                 a_ptr, rows, others, row_mask, other_mask, d, a_row, a_column, WIDEN, BT, BK
             )
             if BIAS:
                 inputs += 1.0
+            # a bias's 1 stands outside the unit too
+            lost = LOST * tl.where(row_mask[:, None] & other_mask[None, :], tl.abs(inputs), 0.0)
+            absolute += weight * tl.sum(tl.sum(LOST * tl.abs(tile) + lost, 1), 0)
             tile *= inputs
-        weight = tl.where(i == j, 1.0, 2.0)
         n2 += weight * tl.sum(tl.sum(tile, 1), 0)
         absolute += weight * tl.sum(tl.sum(tl.abs(tile), 1), 0)
     tl.store(n2_ptr + pid, n2)

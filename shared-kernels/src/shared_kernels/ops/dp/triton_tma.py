@@ -33,6 +33,7 @@ def gram_kernel(
     BIAS: tl.constexpr,
     TOKENS: tl.constexpr,
     PADDING: tl.constexpr,
+    LOST: tl.constexpr,
     WIDEN: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
@@ -63,6 +64,7 @@ def gram_kernel(
         for k in range(0, p, BK):
             tile = _dot(g.load([row, k]), tl.trans(g.load([other, k])), tile, WIDEN)
         inside = (rows < end)[:, None] & (others < end)[None, :]
+        weight = tl.where(i == j, 1.0, 2.0)
         if TOKENS:
             row_token = tl.load(token_ptr + rows, mask=rows < end, other=0)
             other_token = tl.load(token_ptr + others, mask=others < end, other=0)
@@ -75,9 +77,10 @@ def gram_kernel(
                 inputs = _dot(a.load([row, k]), tl.trans(a.load([other, k])), inputs, WIDEN)
             if BIAS:
                 inputs += 1.0
+            lost = tl.where(inside, LOST * (tl.abs(tile) + tl.abs(inputs)), 0.0)
+            absolute += weight * tl.sum(tl.sum(lost, 1), 0)
             tile *= inputs
         tile = tl.where(inside, tile, 0.0)
-        weight = tl.where(i == j, 1.0, 2.0)
         n2 += weight * tl.sum(tl.sum(tile, 1), 0)
         absolute += weight * tl.sum(tl.sum(tl.abs(tile), 1), 0)
     tl.store(n2_ptr + pid, n2)

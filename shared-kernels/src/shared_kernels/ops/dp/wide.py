@@ -91,6 +91,7 @@ def gram_parts(
         g.shape[1],
         parts,
         padding,
+        LOST=reference.LOST,
         WIDEN=interpreting(),
         **options,
         **config,
