@@ -40,8 +40,8 @@ def segment_gram_norm(
         impl: ``auto``, ``triton`` or ``reference``.
 
     Returns:
-        ``n2`` and the same sum of absolute values, float32 (float64 for float64) ``(U,)``. The latter
-        has a trace added, `reference.LOST`, which covers inner products that underflow.
+        ``n2`` and the same sum of absolute values, float32 (float64 for float64) ``(U,)``. A trace
+        added to the latter, `reference.LOST`, covers inner products that underflow.
 
     Raises:
         TypeError: A tensor has another dtype than listed.
