@@ -358,7 +358,7 @@ def test_without_a_threshold_the_sum_is_the_ordinary_gradient(variant):
     dp.segment_mm_clip(
         case.a, case.g, case.cu, float("inf"), out, bias_out=bias_out, equal=True, impl=impl
     )
-    assert_scaled_sum(case, torch.ones(3), out, bias_out)
+    assert_scaled_sum(case, torch.ones(3, device=device), out, bias_out)
 
 
 def test_clip_factors():
