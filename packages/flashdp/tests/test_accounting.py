@@ -135,6 +135,14 @@ def test_a_cap_that_cuts_often_costs_more():
     assert costs[-1] > 1.1 * costs[0]
 
 
+def test_orders_that_do_not_converge_are_left_out_in_silence(caplog):
+    with caplog.at_level("WARNING"):
+        accountant = Accountant("rdp")
+        accountant.step(Mechanism(noise_multiplier=0.38, sample_rate=0.0133))
+        assert 0 < accountant.epsilon(1e-5) < 20
+    assert not caplog.records
+
+
 def test_rdp_refuses_truncation():
     with pytest.raises(ValueError, match=r"'rdp'.*truncated.*'pld'"):
         spent("rdp", 1.0, 0.01, 200, **truncated(40))

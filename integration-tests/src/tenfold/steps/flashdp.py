@@ -71,7 +71,7 @@ class Plan:
         """Find the noise, and what each step of it costs."""
         import flashdp
 
-        steps, batch = (2, 4) if quick else (STEPS, BATCH)
+        steps, batch = (1, 4) if quick else (STEPS, BATCH)
         rate = batch / documents
         # The Rényi accountant finds the noise in a second, a little more than is needed; what was
         # spent is then stated by the tight one.
@@ -112,9 +112,9 @@ class Data:
         """Read the documents."""
         from tenfold.tasks import docstrings
 
-        training, held = docstrings.load()
+        training, held = docstrings.load(files=40 if quick else None)
         if quick:
-            training, held = training[:300], held[:8]
+            training, held = training[:300], held[:4]
         # By length: draws come in the order of the data, so that a batch is filled up little.
         rows = [
             sorted(docstrings.encode(texts, tokenizer, LENGTH), key=len)
@@ -146,7 +146,7 @@ class FlashDPStep:
         plan = Plan.make(len(data.training), quick=context.quick)
         context.progress(0.08, "asking the model before")
         before = _loss(_model(None), data)
-        recipes = [r for r in RECIPES if not r.rank or importlib.util.find_spec("peft")]
+        recipes = [r for r in RECIPES if not r.rank or _has_peft()][: 1 if context.quick else None]
         runs: dict[str, tuple[Run, Run]] = {}
         start, share = 0.1, 0.6 / (2 * len(recipes))
         for recipe in recipes:
@@ -160,6 +160,10 @@ class FlashDPStep:
             _judge(runs, plan)
         speeds = [_speed(recipe, context) for recipe in recipes]
         return _result(data, plan, runs, dict(zip(runs, speeds, strict=True)))
+
+
+def _has_peft() -> bool:
+    return importlib.util.find_spec("peft") is not None
 
 
 def _judge(runs: dict[str, tuple[Run, Run]], plan: Plan) -> None:
@@ -210,7 +214,7 @@ def _train(
     # The same seed draws the same documents for both.
     loader = flashdp.poisson_data_loader(
         data.training, num_steps=plan.steps, expected_batch_size=plan.batch, public_n="dataset",
-        max_physical_batch_size=PHYSICAL, secure_rng=False, seed=SEED, collate_fn=docstrings.batch,
+        max_physical_batch_size=min(PHYSICAL, plan.batch), secure_rng=False, seed=SEED, collate_fn=docstrings.batch,
     )  # fmt: skip
     run, engine = Run(trained=sum(p.numel() for p in trained)), None
     if private:
@@ -385,7 +389,7 @@ def _text(data: Data, plan: Plan, speeds: dict[str, Speed]) -> tuple[str, ...]:
     ]  # fmt: skip
     if not steps.has_opacus():
         told.append("Opacus is not installed, so that its speeds are missing: pip install opacus.")
-    if len(speeds) < len(RECIPES):
+    if not _has_peft():
         told.append("PEFT is not installed, so that LoRA was left out: pip install peft.")
     return tuple(told)
 

@@ -7,6 +7,7 @@ gradients and the counts of adaptive thresholds. Bounds are upper bounds.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import typing
 from dataclasses import dataclass
@@ -368,8 +369,16 @@ def _composed(kind: str, history: Sequence[tuple[Mechanism, int]], interval: flo
 
 
 def _compose(accountant: Any, history: Sequence[tuple[Mechanism, int]]) -> Any:
-    for mechanism, steps in history:
-        accountant.compose(mechanism.event(steps))
+    # The Rényi accountant warns of every order whose series does not converge, and leaves it out:
+    # the others bound the loss as well.
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        for mechanism, steps in history:
+            accountant.compose(mechanism.event(steps))
+    finally:
+        logger.setLevel(level)
     return accountant
 
 
