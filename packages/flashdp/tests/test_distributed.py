@@ -4,34 +4,75 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 STEPS, BATCH = 3, 4
+#: What is broken, and what the model is wrapped in.
+CASES = (
+    *(("", wrap) for wrap in ("", "ddp", "fsdp")),
+    *((fault, "") for fault in ("own key", "own noise")),
+    *((fault, "fsdp") for fault in ("no offset", "not summed")),
+)
 
 pytestmark = pytest.mark.slow
 
 
-def train(rank, world, *, fault="", wrap=False):
+def wrapped(model, how):
+    """The model under DDP or FSDP2."""
+    if how == "ddp":
+        return torch.nn.parallel.DistributedDataParallel(model)
+    if how == "fsdp":
+        from torch.distributed.fsdp import fully_shard
+
+        first = model.model.layers[0]
+        for module in (first.mlp.down_proj, *model.model.layers, model.model.norm):
+            fully_shard(module)
+        fully_shard(model)
+    return model
+
+
+def local(tensor):
+    """This rank's part."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def faulty(fault, rank, world):
+    """Break one thing, as a context manager."""
+    from flashdp import collector, engine
+    from flashdp.noise import NoiseSource
+    from torch import distributed
+
+    reduce, own = distributed.all_reduce, torch.Generator().manual_seed(rank)
+    return {
+        "": nullcontext,
+        "own key": lambda: mock.patch.object(NoiseSource, "agree", lambda self: None),
+        "own noise": lambda: mock.patch.object(
+            distributed, "all_reduce", lambda t: reduce(t.add_(torch.randn(t.shape, generator=own)))
+        ),
+        "no offset": lambda: mock.patch.object(engine, "first_element", lambda param: 0),
+        "not summed": lambda: mock.patch.object(
+            collector, "reduce_scatter", lambda total, param: total.chunk(world)[rank]
+        ),
+    }[fault]()
+
+
+def train(rank, world, *, fault="", wrap=""):
     """Run an empty step and STEPS real ones; every rank takes its part of each logical batch."""
     from flashdp.engine import PrivacyEngine
     from flashdp.losses import unit_loss
-    from flashdp.noise import NoiseSource
     from shared_kernels.testing.models import tiny_inputs, tiny_model
-    from torch import distributed
 
-    if fault == "own key":
-        NoiseSource.agree = lambda self: None
-    if fault == "own noise":
-        reduce, own = distributed.all_reduce, torch.Generator().manual_seed(rank)
-        distributed.all_reduce = lambda t: reduce(t.add_(torch.randn(t.shape, generator=own)))
-    model = tiny_model("llama")
+    # A vocabulary that two ranks cannot share evenly.
+    model = tiny_model("llama", vocab_size=97)
+    called = wrapped(model, wrap)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     secure = fault == "own key"
     engine = PrivacyEngine(secure_rng=secure, seed=None if secure else 7)
-    called = torch.nn.parallel.DistributedDataParallel(model) if wrap else model
     engine.make_private(
         called, optimizer, noise_multiplier=0.5, max_grad_norm=1.0, expected_batch_size=BATCH
     )
@@ -43,38 +84,40 @@ def train(rank, world, *, fault="", wrap=False):
         return noises[-1]
 
     engine.noise.noised = noised
-    # Nothing was drawn: what is released is noise alone, and can be compared bit by bit.
-    optimizer.step()
-    empty, first = list(noises), len(noises)
     share = BATCH // world
-    for step in range(STEPS):
-        inputs = tiny_inputs("llama", batch=BATCH, seed=step)
-        mine = {k: v[rank * share : (rank + 1) * share] for k, v in inputs.items()}
-        logits = called(mine["input_ids"]).logits
-        unit_loss(logits, mine["labels"]).backward()
+    with faulty(fault, rank, world):
+        # Nothing was drawn: what is released is noise alone, and can be compared bit by bit.
         optimizer.step()
+        empty, first = list(noises), len(noises)
+        for step in range(STEPS):
+            inputs = tiny_inputs("llama", batch=BATCH, seed=step)
+            mine = {k: v[rank * share : (rank + 1) * share] for k, v in inputs.items()}
+            logits = called(mine["input_ids"]).logits
+            unit_loss(logits, mine["labels"]).backward()
+            optimizer.step()
     return {
         "noise": empty,
         "sums": sums[first : 2 * first],
-        "weights": [p.detach() for p in model.parameters()],
+        "weights": [local(p).detach() for p in model.parameters()],
     }
 
 
-def two_ranks(tmp_path, fault="", wrap=""):
-    """Results of both ranks."""
-    paths = [tmp_path / f"{rank}.pt" for rank in range(2)]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(tmp_path / "meet"), str(path), fault, wrap]
-        )
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """Results of both ranks by fault and wrapper, all from one pair of processes."""
+    folder = tmp_path_factory.mktemp("ranks")
+    paths = [folder / f"{rank}.pt" for rank in range(2)]
+    processes = [
+        subprocess.Popen([sys.executable, __file__, str(rank), str(folder / "meet"), str(path)])
         for rank, path in enumerate(paths)
     ]
     try:
-        assert [process.wait(timeout=240) for process in ranks] == [0, 0]
+        assert [process.wait(timeout=240) for process in processes] == [0, 0]
     finally:
-        for process in ranks:
+        for process in processes:
             process.kill()
-    return [torch.load(path) for path in paths]
+    found = [torch.load(path) for path in paths]
+    return {case: [one[case] for one in found] for case in CASES}
 
 
 @pytest.fixture(scope="module")
@@ -93,34 +136,62 @@ def assert_same_weights(one, other):
         assert torch.equal(a, b), "the weights of the ranks differ"
 
 
-@pytest.mark.parametrize("wrap", ["", "wrap"])
-def test_two_ranks_are_one_process(tmp_path, alone, wrap):
-    ranks = two_ranks(tmp_path, wrap=wrap)
-    for found in ranks:
+@pytest.mark.parametrize("wrap", ["", "ddp"])
+def test_two_ranks_are_one_process(ranks, alone, wrap):
+    for found in ranks["", wrap]:
         assert_one_noise(found, alone)
         for one, other in zip(found["sums"], alone["sums"], strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
-    assert_same_weights(*ranks)
+    assert_same_weights(*ranks["", wrap])
 
 
-def test_noise_of_each_ranks_own_is_found_out(tmp_path, alone):
-    ranks = two_ranks(tmp_path, fault="own noise")
+def whole(halves):
+    """What two ranks hold the halves of."""
+    return {
+        key: [torch.cat(parts) for parts in zip(*(found[key] for found in halves), strict=True)]
+        for key in halves[0]
+    }
+
+
+def test_sharded_ranks_are_one_process(ranks, alone):
+    # Each holds a part of every parameter, and neither an equal one of the embedding.
+    assert [len(found["weights"][0]) for found in ranks["", "fsdp"]] == [49, 48]
+    found = whole(ranks["", "fsdp"])
+    assert_one_noise(found, alone)
+    for key in ("sums", "weights"):
+        for one, other in zip(found[key], alone[key], strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+def test_shards_with_equal_noise_are_found_out(ranks, alone):
     with pytest.raises(AssertionError, match="the noise differs"):
-        assert_one_noise(ranks[0], alone)
+        assert_one_noise(whole(ranks["no offset", "fsdp"]), alone)
 
 
-def test_keys_that_differ_are_found_out(tmp_path):
-    ranks = two_ranks(tmp_path, fault="own key")
+def test_shards_of_one_ranks_sum_are_found_out(ranks, alone):
+    found = whole(ranks["not summed", "fsdp"])
+    with pytest.raises(AssertionError, match="not close"):
+        torch.testing.assert_close(found["sums"][0], alone["sums"][0], rtol=0, atol=1e-6)
+
+
+def test_noise_of_each_ranks_own_is_found_out(ranks, alone):
+    with pytest.raises(AssertionError, match="the noise differs"):
+        assert_one_noise(ranks["own noise", ""][0], alone)
+
+
+def test_keys_that_differ_are_found_out(ranks):
     with pytest.raises(AssertionError, match="weights of the ranks differ"):
-        assert_same_weights(*ranks)
+        assert_same_weights(*ranks["own key", ""])
 
 
-def _rank(rank, meet, path, fault, wrap):
+def _rank(rank, meet, path):
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=Path(meet).as_uri(), rank=int(rank), world_size=2
     )
-    torch.save(train(int(rank), 2, fault=fault, wrap=bool(wrap)), path)
+    torch.save(
+        {(fault, wrap): train(int(rank), 2, fault=fault, wrap=wrap) for fault, wrap in CASES}, path
+    )
     torch.distributed.destroy_process_group()
 
 

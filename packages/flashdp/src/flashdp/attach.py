@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from flashdp.errors import PrivacyError
 from flashdp.rules import Rule, find_rule, private_class
 from flashdp.rules.expanded import FALLBACK
 from flashdp.rules.matrix import FLATTENING
+from flashdp.sharding import is_sharded, trouble, unsharded_type
 from flashdp.units import Units
 
 if TYPE_CHECKING:
@@ -94,6 +96,9 @@ def find_issues(model: nn.Module, *, fallback: bool = False) -> list[Issue]:
             shown = [f"{name}.{n}" if name else n for n in own]
             issues.append(Issue(", ".join(shown), why, _COVER))
             continue
+        if issue := _sharding_issue(module, name, own):
+            issues.append(issue)
+            continue
         if rule is FALLBACK:
             continue
         if (difference := _probed(module, rule, own, probed)) is not None:
@@ -106,6 +111,15 @@ def find_issues(model: nn.Module, *, fallback: bool = False) -> list[Issue]:
                 )
             )
     return issues
+
+
+def _sharding_issue(module: nn.Module, name: str, own: list[str]) -> Issue | None:
+    for local in own:
+        param: Any = module._parameters[local]
+        if is_sharded(param) and (why := trouble(param)):
+            remedy = "shard the model by torch.distributed.fsdp.fully_shard alone"
+            return Issue(f"{name}.{local}" if name else local, why, remedy)
+    return None
 
 
 def find_layers(model: nn.Module, *, fallback: bool = False) -> list[tuple[PrivateLayer, Rule]]:
@@ -127,7 +141,7 @@ def find_layers(model: nn.Module, *, fallback: bool = False) -> list[tuple[Priva
         assert rule is not None
         parent = modules.get(name.rpartition(".")[0])
         names = {local: f"{name}.{local}" if name else local for local in own}
-        flattened = type(parent).__name__ in FLATTENING
+        flattened = parent is not None and unsharded_type(parent).__name__ in FLATTENING
         found.append((PrivateLayer(name, module, names, rule.name, flattened), rule))
     if not found:
         raise ValueError(
@@ -177,7 +191,23 @@ def restore(model: nn.Module) -> None:
 
 @torch.no_grad()
 def _twin(module: nn.Module) -> nn.Module:
-    twin = copy.deepcopy(module).float().cpu()
+    """Copy a module; a sharded one as it would be whole, with other values."""
+    known: dict[int, Any] = {
+        id(p): nn.Parameter(_fresh(p.shape)) for p in module.parameters() if is_sharded(p)
+    }
+    whole = module
+    if type(module) is not (original := unsharded_type(module)):
+        # Without what shards: the class, its state, and the hooks that gather and free parameters.
+        whole = original.__new__(original)
+        kept = {k: v for k, v in vars(module).items() if not k.startswith("__composable_api")}
+        whole.__dict__.update(kept)
+        for kind in ("_forward_pre_hooks", "_forward_hooks"):
+            whole.__dict__[kind] = OrderedDict(
+                (key, hook)
+                for key, hook in vars(module)[kind].items()
+                if type(getattr(hook, "__self__", None)).__name__ != "FSDPState"
+            )
+    twin = copy.deepcopy(whole, known).float().cpu()
     for param in twin.parameters():
         param.requires_grad_(False)
     return twin

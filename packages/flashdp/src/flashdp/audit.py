@@ -239,7 +239,8 @@ def one_run_p_value(
 
     With delta = 0 right guesses are at most as many as those of a randomised response, binomial
     with q = 1 / (1 + exp(-epsilon)). A delta adds 2 m delta max_i P[v - i <= Binomial < v] / i
-    (Steinke, Nasr and Jagielski, "Privacy Auditing with One (1) Training Run", 2023).
+    (Steinke, Nasr and Jagielski, "Privacy Auditing with One (1) Training Run", arXiv:2305.08846,
+    appendix D).
 
     Args:
         canaries: m.

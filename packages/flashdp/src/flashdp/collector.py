@@ -17,6 +17,7 @@ from shared_kernels.ops.dp import clip_factors
 
 from flashdp.errors import PrivacyError
 from flashdp.records import MatrixRecord, join
+from flashdp.sharding import is_sharded, reduce_scatter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Sequence
@@ -46,11 +47,18 @@ class PrivateLayer:
     rule: str = ""
     flattened: bool = False
     parts: list[Part] = field(default_factory=list, repr=False)
+    # As the optimizer holds them: inside a forward a sharded module has whole ones in their place.
+    _parameters: dict[str, nn.Parameter] = field(init=False, repr=False)
     # State of one pass.
     records: list = field(default_factory=list, repr=False)
     pending: int = 0
     opened: int = 0
     closed: bool = False
+
+    def __post_init__(self) -> None:
+        """Note the parameters."""
+        own = self.module._parameters
+        self._parameters = {n: p for n in self.names if (p := own[n]) is not None}
 
     def reset(self) -> None:
         """Forget the pass."""
@@ -58,9 +66,7 @@ class PrivateLayer:
 
     def parameter(self, local: str) -> nn.Parameter:
         """The parameter of a name in the module."""
-        found = self.module._parameters[local]
-        assert found is not None
-        return found
+        return self._parameters[local]
 
 
 @dataclass(eq=False)
@@ -104,7 +110,8 @@ class Collector:
     """See the module's docstring.
 
     Attributes:
-        sums: Clipped sum of each parameter since the last :meth:`take`, float32 or wider.
+        sums: Clipped sum of each parameter since the last :meth:`take`, float32 or wider; of a
+            sharded one this rank's part of the sum over ranks.
         below: Per group, how many units were under their threshold, centred: each counts +1/2
             or -1/2 (None unless asked for).
         batch: Number of the batch that the model was called with last, where it is known.
@@ -265,13 +272,24 @@ class Collector:
     # -- clipping --------------------------------------------------------------------------------
 
     def _sum_of(self, param: nn.Parameter) -> Tensor:
-        if param not in self.sums:
-            dtype = torch.promote_types(param.dtype, torch.float32)
-            self.sums[param] = torch.zeros(param.shape, dtype=dtype, device=param.device)
-        return self.sums[param]
+        if param in self.sums and not is_sharded(param):
+            return self.sums[param]
+        dtype = torch.promote_types(param.dtype, torch.float32)
+        total = torch.zeros(param.shape, dtype=dtype, device=param.device)
+        if not is_sharded(param):
+            self.sums[param] = total
+        return total
 
-    def _sums_of(self, part: Part) -> dict[str, Tensor]:
-        return {local: self._sum_of(part.layer.parameter(local)) for local in part.names}
+    @contextmanager
+    def _sums_of(self, part: Part) -> Generator[dict[str, Tensor]]:
+        """Lend the sums of a part's parameters to be added to."""
+        sums = {local: self._sum_of(part.layer.parameter(local)) for local in part.names}
+        yield sums
+        for local in part.names:
+            param = part.layer.parameter(local)
+            if is_sharded(param):
+                mine = reduce_scatter(sums.pop(local), param)
+                self.sums[param] = self.sums[param] + mine if param in self.sums else mine
 
     @torch.no_grad()
     def _clip(self, group: Group) -> None:
@@ -290,16 +308,19 @@ class Collector:
         ):
             strategy = self.strategy(only, units)
         if isinstance(only, MatrixRecord) and strategy in ("gram", "spill"):
-            sums, names = self._sums_of(parts[0]), parts[0].names
-            n2 = only.clip(names, units, threshold, self.clipping, self.stability, sums, strategy)
+            names = parts[0].names
+            with self._sums_of(parts[0]) as sums:
+                n2 = only.clip(
+                    names, units, threshold, self.clipping, self.stability, sums, strategy
+                )
         else:
             n2 = self._norm2(parts, units)
             scale = clip_factors(n2, threshold.to(n2.dtype), self.clipping, self.stability)
             for part in parts:
-                sums = self._sums_of(part)
-                for record in part.layer.records:
-                    if names := _names(record, part):
-                        record.accumulate(names, scale, sums)
+                with self._sums_of(part) as sums:
+                    for record in part.layer.records:
+                        if names := _names(record, part):
+                            record.accumulate(names, scale, sums)
         if self._count:
             self._count_below(group, n2, threshold, units)
 

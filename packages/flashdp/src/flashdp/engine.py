@@ -18,6 +18,7 @@ from flashdp.independence import Independence
 from flashdp.losses import LossReplacement
 from flashdp.noise import NoiseSource
 from flashdp.report import report_of
+from flashdp.sharding import first_element, is_sharded, like_parameter, local_part
 from flashdp.units import units_of_call
 
 if TYPE_CHECKING:
@@ -234,18 +235,13 @@ class PrivacyEngine:
             for param in self._parameters:
                 param.grad = None
 
-        def leaked(param: Tensor, name: str) -> None:
-            if param.grad is None:
-                return
-            param.grad = None
-            raise PrivacyError(
-                f"autograd put a gradient into {name!r} past its private layer: the parameter is "
-                "used outside the module that owns it; freeze it, or register a rule"
-            )
-
-        self._removers.append(model.register_forward_pre_hook(before_forward, with_kwargs=True))
+        # Before hooks that gather a sharded model: it is called within, to be probed.
+        self._removers.append(
+            model.register_forward_pre_hook(before_forward, with_kwargs=True, prepend=True)
+        )
         for param, name in self._parameters.items():
-            hook = functools.partial(leaked, name=name)
+            param.grad = None
+            hook = functools.partial(_leaked, name=name)
             self._removers.append(param.register_post_accumulate_grad_hook(hook))
         self._removers.append(optimizer.register_step_pre_hook(before_step))
         self._removers.append(optimizer.register_step_post_hook(after_step))
@@ -317,7 +313,13 @@ class PrivacyEngine:
         In the middle of a logical batch there is nothing to do: without gradients an optimizer
         leaves its parameters alone.
         """
-        if self.collector is None or not self._last:
+        if self.collector is None:
+            return
+        # A sharded parameter gets its gradient past its hooks.
+        for param, name in self._parameters.items():
+            if is_sharded(param):
+                _leaked(param, name)
+        if not self._last:
             return
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if distributed and not self._started:
@@ -330,16 +332,17 @@ class PrivacyEngine:
         self.collector.below = None
         std = self.calibration.noise_std(self._sigma)
         for uid, param in enumerate(self._parameters):
-            total = sums.pop(param, None)
+            total, sharded = sums.pop(param, None), is_sharded(param)
             if total is None:
-                wide = torch.promote_types(param.dtype, torch.float32)
-                total = torch.zeros(param.shape, dtype=wide, device=param.device)
-            if distributed:
+                like = local_part(param) if sharded else param
+                total = torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
+            if distributed and not sharded:
                 torch.distributed.all_reduce(total)
-            param.grad = self.noise.noised(
+            grad = self.noise.noised(
                 total, step=step, uid=uid, std=std[param], divisor=self.expected_batch_size,
-                dtype=param.dtype,
+                dtype=param.dtype, start=first_element(param) if sharded else 0,
             )  # fmt: skip
+            param.grad = like_parameter(grad, param) if sharded else grad
         if self.adaptive is not None:
             self._adapt(below, step, distributed=distributed)
 
@@ -400,6 +403,16 @@ class PrivacyEngine:
             )
         self.accountant.load_state_dict(state["accountant"])
         self.calibration.thresholds.copy_(thresholds)
+
+
+def _leaked(param: Tensor, name: str) -> None:
+    if param.grad is None:
+        return
+    param.grad = None
+    raise PrivacyError(
+        f"autograd put a gradient into {name!r} past its private layer: the parameter is "
+        "used outside the module that owns it; freeze it, or register a rule"
+    )
 
 
 def _mechanism(sigma: float, sample_rate: float | None, loader: Any) -> Mechanism:

@@ -40,6 +40,7 @@ from flashdp.losses import loss_owner
 from flashdp.records import MatrixRecord, RowsRecord, TableRecord
 from flashdp.replacement import other_values, replaced
 from flashdp.rules.base import handle_of
+from flashdp.sharding import is_sharded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Sequence
@@ -113,7 +114,7 @@ class Independence:
 
     def before(self, args: tuple, kwargs: dict[str, Any], units: Units, rows: Any) -> None:
         """Probe what the model is about to be called with, if that is due."""
-        if self.by_itself and self.due(len(units)):
+        if self.by_itself and not self._any(not self.due(len(units))):
             self.check((args, kwargs if rows is None else {**kwargs, "dp_rows": rows}))
 
     def check(self, batch: Any, run: Callable[[Any], Tensor] | None = None) -> None:
@@ -154,6 +155,18 @@ class Independence:
             ) from None
         self._shown[model.training] = shown
 
+    def _any(self, here: Any) -> bool:
+        """Whether something holds here, or, with sharded parameters, on any rank.
+
+        Ranks that did not do the same would wait for each other forever.
+        """
+        params = self._engine._parameters
+        if not any(map(is_sharded, params)):
+            return bool(here)
+        found = torch.tensor(int(here), device=next(iter(params)).device)
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+        return bool(found)
+
     # -- one comparison --------------------------------------------------------------------------
 
     @property
@@ -179,12 +192,16 @@ class Independence:
             return loss.sum()
         projections: Any = self._engine.collector
         projections.kind = "outputs"
-        rows = projections._units.rows
+        units = projections._units
+        dims = units.row_dims
         # Bounded, so that no row drowns the others; not constant for what is normalised.
         sums = [
-            x.sum() if x.ndim == 1 else nn.functional.softsign(x).flatten(1).mean(1).sum()
+            x.sum() if x.ndim == dims else nn.functional.softsign(x).flatten(dims).mean(-1).sum()
             for x in pytree.tree_leaves(out)
-            if isinstance(x, torch.Tensor) and x.requires_grad and x.ndim and len(x) == rows
+            if isinstance(x, torch.Tensor)
+            and x.requires_grad
+            and x.ndim >= dims
+            and x.shape[:dims].numel() == units.rows
         ]
         if not sums:
             raise _UnreadableError
@@ -201,12 +218,16 @@ class Independence:
         for parity in (1, 0):
             changed = torch.arange(len(units)) % 2 == parity
             rows = changed.repeat_interleave(lengths)
-            second = self._run_replaced(run, batch, other, rows)
+            packed = units.row_dims > 1
+            second = self._run_replaced(run, batch, other, rows, packed=packed)
             moves = first.moved(second)
             tolerance = first.tolerance()
-            moved_at_all |= bool((moves[:, changed] > tolerance).any())
-            if bool((moves[:, ~changed] > tolerance).any()):
+            moved_at_all |= self._any((moves[:, changed] > tolerance).any())
+            coupled = (moves[:, ~changed] > tolerance).any()
+            if self._any(coupled):
                 repeated = first.moved(self._run(run, batch))
+                if not coupled:
+                    raise PrivacyError("units of the batch are coupled on another rank")
                 if bool((repeated > tolerance).any()):
                     raise PrivacyError(
                         "the model gives other gradients for the same batch and the same state of "
@@ -219,18 +240,19 @@ class Independence:
         return first.kind
 
     def _run_replaced(
-        self, run: Callable[[Any], Tensor], batch: Any, other: Any, rows: Tensor
+        self, run: Callable[[Any], Tensor], batch: Any, other: Any, rows: Tensor, *, packed: bool
     ) -> _Projections:
         has_config = hasattr(loss_owner(self._model), "config")
         if other is None:
             # Special tokens, which stand for parts of an image say, are as many in a row's own.
             recipes = [
-                other_values(batch, from_row_before=b, has_config=has_config) for b in (True, False)
+                other_values(batch, from_row_before=b, has_config=has_config, packed=packed)
+                for b in (True, False)
             ]
         else:
             recipes = [other]
         for recipe in recipes:
-            changed = replaced(batch, recipe, rows)
+            changed = replaced(batch, recipe, rows, packed=packed)
             try:
                 return self._run(run, changed)
             except Exception as error:

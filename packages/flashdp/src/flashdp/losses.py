@@ -5,10 +5,12 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import nn
 from torch.nn import functional
 
 from flashdp.errors import PrivacyError
+from flashdp.units import packed_starts
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -24,6 +26,7 @@ def per_sample_loss(
     *,
     reduction: Literal["mean", "sum"] = "mean",
     ignore_index: int = -100,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy of each row, averaged (or summed) over that row's own labels.
 
@@ -35,9 +38,12 @@ def per_sample_loss(
         labels: (rows, ...) int64.
         reduction: Over a row's labels.
         ignore_index: Labels that do not count; a row without any has loss 0.
+        cu_seqlens: Of sequences packed into one row: integers (sequences + 1,), tokens before
+            each. Each is then what a row is otherwise.
 
     Returns:
-        float32 (rows,); ``per_sample_loss(...).sum().backward()`` is what a private step wants.
+        float32 (rows,) or (sequences,); ``per_sample_loss(...).sum().backward()`` is what a private
+        step wants.
     """
     if logits.shape[:-1] != labels.shape:
         raise ValueError(
@@ -45,12 +51,16 @@ def per_sample_loss(
         )
     losses = functional.cross_entropy(
         logits.flatten(0, -2).float(), labels.flatten(), ignore_index=ignore_index, reduction="none"
-    ).view(len(labels), -1)
-    total = losses.sum(1)
-    if reduction == "sum":
-        return total
-    counts = (labels.view(len(labels), -1) != ignore_index).sum(1)
-    return total / counts.clamp(min=1)
+    )
+    counted = labels.flatten() != ignore_index
+    if cu_seqlens is None:
+        total, counts = losses.view(len(labels), -1).sum(1), counted.view(len(labels), -1).sum(1)
+    else:
+        lengths = cu_seqlens.diff().to(losses.device)
+        owner = torch.repeat_interleave(lengths, output_size=len(losses))
+        total = losses.new_zeros(len(lengths)).index_add(0, owner, losses)
+        counts = torch.zeros_like(lengths).index_add(0, owner, counted.to(lengths.dtype))
+    return total if reduction == "sum" else total / counts.clamp(min=1)
 
 
 def unit_loss(
@@ -65,12 +75,17 @@ def unit_loss(
     """Sum over rows of each row's mean next-token loss, in place of transformers' batch mean.
 
     The signature is that of transformers' ``ForCausalLMLoss``; ``num_items_in_batch``, a count over
-    the whole batch, is not used.
+    the whole batch, is not used. With ``cu_seq_lens_q`` among the keywords it is a sum over packed
+    sequences, and none predicts the next one's first token.
     """
+    starts = packed_starts(kwargs)
     if shift_labels is None:
+        if starts is not None:
+            inner = starts[1:-1].to(labels.device).long()
+            labels = labels.index_fill(-1, inner, ignore_index)
         shift_labels = functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     shift_labels = shift_labels.to(logits.device)
-    return per_sample_loss(logits, shift_labels, ignore_index=ignore_index).sum()
+    return per_sample_loss(logits, shift_labels, ignore_index=ignore_index, cu_seqlens=starts).sum()
 
 
 def loss_owner(model: Any) -> Any:

@@ -56,9 +56,21 @@ class NoiseSource:
         std: float,
         divisor: float,
         dtype: torch.dtype,
+        start: int = 0,
         counts: bool = False,
     ) -> Tensor:
-        """Return (total + noise) / divisor in ``dtype``; ``total`` is used up."""
+        """Return (total + noise) / divisor in ``dtype``; ``total`` is used up.
+
+        Args:
+            total: Sum of a parameter, or a part of it that is contiguous in it.
+            step: Number of the step.
+            uid: Number of the parameter.
+            std: Standard deviation of the noise.
+            divisor: Public batch size.
+            dtype: Of the result.
+            start: Index in the parameter of the part's first element.
+            counts: Whether these are counts of units, whose noise is another.
+        """
         out = total if total.dtype is dtype else torch.empty_like(total, dtype=dtype)
         gaussian_step(
             total.view(-1),
@@ -68,6 +80,7 @@ class NoiseSource:
             uid=uid,
             std=std,
             divisor=divisor,
+            start=start,
             domain=_COUNTS if counts else _GRADIENTS,
         )
         return out

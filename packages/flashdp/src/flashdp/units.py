@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["Units", "units_of_call"]
+__all__ = ["Units", "packed_starts", "units_of_call"]
 
 
 @dataclass(frozen=True)
@@ -172,6 +172,10 @@ def units_of_call(
 ) -> Units:
     """Return the units of a batch, from what a model is called with.
 
+    Sequences packed into one row come with ``cu_seq_lens_q``, as transformers'
+    ``DataCollatorWithFlattening(return_flash_attn_kwargs=True)`` makes it; each is then what a row
+    is elsewhere.
+
     Args:
         args: Positional arguments; the first tensor among them, or else among ``kwargs``, has the
             rows of the batch first.
@@ -180,16 +184,19 @@ def units_of_call(
         mean: Whether the loss is a mean over rows, to be undone.
 
     Raises:
-        PrivacyError: There is no tensor, or ``dp_rows`` is of another batch.
+        PrivacyError: There is no tensor, or ``dp_rows`` or the packing is of another batch.
     """
-    tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.ndim]
+    named = [value for name, value in kwargs.items() if not name.startswith("cu_seq_lens")]
+    tensors = [v for v in (*args, *named) if isinstance(v, torch.Tensor) and v.ndim]
     if not tensors:
         raise PrivacyError(
             "the model was called without a tensor, so the rows of the batch cannot be counted"
         )
     rows, device = len(tensors[0]), tensors[0].device
-    scale = float(rows) if mean else 1.0
     mask, cu_rows = given.get("dp_mask"), given.get("dp_rows")
+    if (starts := packed_starts(kwargs)) is not None:
+        return _packed(tensors[0], starts.cpu(), mask, cu_rows, mean=mean)
+    scale = float(rows) if mean else 1.0
     if cu_rows is None:
         return Units.one_per_row(rows, device, mask, scale=scale)
     units = Units.grouped(cu_rows.cpu(), device, mask, scale=scale)
@@ -198,3 +205,31 @@ def units_of_call(
             f"the batch has {rows} rows, its units {units.rows}: they belong to different batches"
         )
     return units
+
+
+def packed_starts(kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Where each sequence of a packed batch starts, and the last ends; None if none is packed."""
+    return kwargs.get("cu_seq_lens_q")
+
+
+def _packed(
+    x: Tensor, starts: Tensor, mask: Tensor | None, cu_rows: Tensor | None, *, mean: bool
+) -> Units:
+    if mean:
+        raise PrivacyError(
+            "loss_reduction='mean' means the mean over rows, and packed sequences are one row: "
+            "make the loss a sum over sequences (flashdp.per_sample_loss(..., cu_seqlens=...))"
+        )
+    if len(x) != 1 or x.ndim < 2 or x.shape[1] != int(starts[-1]):
+        raise PrivacyError(
+            f"cu_seq_lens_q ends at {int(starts[-1])}: expected one row of as many tokens, got "
+            f"shape {tuple(x.shape)}"
+        )
+    if cu_rows is not None:
+        if int(cu_rows[-1]) != len(starts) - 1:
+            raise PrivacyError(
+                f"the batch has {len(starts) - 1} packed sequences, its units {int(cu_rows[-1])}: "
+                "they belong to different batches"
+            )
+        starts = starts[cu_rows.cpu().long()]
+    return Units.grouped(starts, x.device, mask, row_dims=2)

@@ -10,6 +10,8 @@ import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from flashdp.sharding import unsharded_type
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -99,7 +101,7 @@ def _load() -> None:
 
 
 def _plain_type(module: nn.Module) -> type:
-    return getattr(type(module), "_dp_original", type(module))
+    return getattr(type(module), "_dp_original", unsharded_type(module))
 
 
 @functools.cache
