@@ -2,22 +2,31 @@
 
 import itertools
 
+import pytest
 import torch
 from tenfold import assets
 from tenfold.tasks import docstrings
 
 
-def test_documents_are_many_different_and_apart():
-    training, held = docstrings.load()
+@pytest.fixture(scope="module")
+def documents():
+    return docstrings.load()
+
+
+def test_documents_are_many_different_and_apart(documents):
+    training, held = documents
     assert len(training) > 3000
     assert 0.05 < len(held) / len(training) < 0.2
     assert len({*training, *held}) == len(training) + len(held)
     assert all(len(text.encode()) >= docstrings.LEAST for text in held)
-    assert docstrings.load() == (training, held)
+    some = docstrings.load(files=20)
+    assert docstrings.load(files=20) == some
+    assert set(some[0]) < set(training)
+    assert set(some[1]) < set(held)
 
 
-def test_their_order_is_not_that_of_an_alphabet():
-    _, held = docstrings.load()
+def test_their_order_is_not_that_of_an_alphabet(documents):
+    _, held = documents
     rising = sum(a < b for a, b in itertools.pairwise(held))
     assert 0.4 < rising / len(held) < 0.6
 

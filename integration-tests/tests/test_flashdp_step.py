@@ -181,6 +181,7 @@ def test_the_result_states_unit_neighbours_budget_and_both_alternatives(data, pl
 
 def test_the_result_says_what_is_not_installed(monkeypatch, data, plan):
     monkeypatch.setattr(steps, "has_opacus", lambda: False)
+    monkeypatch.setattr(step, "_has_peft", lambda: False)
     only = step.RECIPES[1].name
     found = step._result(
         data, plan, {only: runs()[only]}, {only: speeds((steps.ORDINARY, steps.FLASHDP))[only]}

@@ -110,8 +110,7 @@ def test_a_step_run_otherwise_gives_the_same_sums(eager, grouping, options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_a_compiled_model_gives_the_same_sums(eager, backend):
+def test_a_compiled_model_gives_the_same_sums(eager):
     torch._dynamo.reset()
-    for found, expected in zip(llama_sums(backend=backend), eager["module"], strict=True):
+    for found, expected in zip(llama_sums(backend="aot_eager"), eager["module"], strict=True):
         assert_same(found, expected, rtol=1e-5)

@@ -186,7 +186,9 @@ def test_a_target_is_reached_in_the_steps_of_the_epochs(tmp_path):
 
 
 def test_training_stops_before_the_target_is_exceeded(tmp_path):
-    privacy = PrivacyArguments(target_epsilon=3.0, target_delta=1e-3, expected_batch_size=4)
+    privacy = PrivacyArguments(
+        target_epsilon=3.0, target_delta=1e-3, expected_batch_size=4, accountant="rdp"
+    )
     trainer = make(tmp_path, privacy, draws=None, max_steps=4)
     trainer._calibrate()
     trainer.engine.accountant.step(trainer.loader.mechanism(trainer.noise_multiplier), steps=2)

@@ -214,7 +214,8 @@ def _train(
     # The same seed draws the same documents for both.
     loader = flashdp.poisson_data_loader(
         data.training, num_steps=plan.steps, expected_batch_size=plan.batch, public_n="dataset",
-        max_physical_batch_size=min(PHYSICAL, plan.batch), secure_rng=False, seed=SEED, collate_fn=docstrings.batch,
+        max_physical_batch_size=min(PHYSICAL, plan.batch), secure_rng=False, seed=SEED,
+        collate_fn=docstrings.batch,
     )  # fmt: skip
     run, engine = Run(trained=sum(p.numel() for p in trained)), None
     if private:
@@ -349,17 +350,22 @@ def _headline(
     from tenfold import private_steps as steps
 
     name, (private, ordinary) = next(iter(runs.items()))
-    full = list(speeds.values())[-1].tokens
+    timed, speed = list(speeds.items())[-1]
+    full = speed.tokens
     ours, plain = full[steps.FLASHDP], full[steps.ORDINARY]
     beside = f"{100 * ours / plain:.0f} % of the ordinary speed"
     peers = [full[k] for k in (steps.HOOKS, steps.GHOST) if k in full]
     if peers:
         beside += f" and {ours / max(peers):.1f} times Opacus's"
     return (
-        f"With ε = {spent:.1f} for every document, {last} steps of {name} took SmolLM2-135M's "
+        f"With ε = {spent:.1f} for every document, {_steps(last)} of {name} took SmolLM2-135M's "
         f"held-out loss from {before:.2f} to {private.held[last]:.2f} (without privacy: "
-        f"{ordinary.held[last]:.2f}); a private step of all its weights runs at {beside}."
+        f"{ordinary.held[last]:.2f}); a private step of {timed} runs at {beside}."
     )
+
+
+def _steps(count: int) -> str:
+    return f"{count} step" if count == 1 else f"{count} steps"
 
 
 def _text(data: Data, plan: Plan, speeds: dict[str, Speed]) -> tuple[str, ...]:

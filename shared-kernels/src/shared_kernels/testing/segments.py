@@ -129,7 +129,9 @@ def assert_gram_norm(units: UnitRows, n2: Tensor, absolute: Tensor, bias: bool) 
     sizes = (units.a.shape[1], units.g.shape[1], units.longest)
     for actual, wanted in ((n2, expected), (absolute, terms)):
         assert actual.dtype == units.dtype
-        assert_sum_within(actual, wanted, terms, SUM_TOLERANCES["dp.gram"], *sizes)
+        assert_sum_within(
+            actual, wanted, terms, SUM_TOLERANCES["dp.gram"], *sizes, operands=units.a
+        )
 
 
 def assert_mm_norm(units: UnitRows, n2: Tensor, bias: bool) -> None:
@@ -138,7 +140,7 @@ def assert_mm_norm(units: UnitRows, n2: Tensor, bias: bool) -> None:
     sizes = (units.a.shape[1], units.g.shape[1], units.longest)
     expected, terms = product.square().sum((1, 2)), (product.abs() * terms).sum((1, 2))
     assert n2.dtype == units.dtype
-    assert_sum_within(n2, expected, terms, SUM_TOLERANCES["dp.mm_norm"], *sizes)
+    assert_sum_within(n2, expected, terms, SUM_TOLERANCES["dp.mm_norm"], *sizes, operands=units.a)
 
 
 def assert_scaled_sum(
@@ -151,7 +153,9 @@ def assert_scaled_sum(
     product, terms = (torch.where(scale[:, None, None] != 0, m, 0.0) for m in (product, terms))
     expected = torch.einsum("u,upd->pd", scale, product) + 0.5
     terms = torch.einsum("u,upd->pd", scale.abs(), terms) + 0.5
-    tolerance, rows = SUM_TOLERANCES["dp.scaled_mm"], len(units.g)
-    assert_sum_within(out, expected[:, :-1], terms[:, :-1], tolerance, rows)
-    if bias_out is not None:
-        assert_sum_within(bias_out, expected[:, -1], terms[:, -1], tolerance, rows)
+    for column, got in ((slice(None, -1), out), (-1, bias_out)):
+        if got is not None:
+            assert_sum_within(
+                got, expected[:, column], terms[:, column], SUM_TOLERANCES["dp.scaled_mm"],
+                len(units.g), operands=units.a,
+            )  # fmt: skip
