@@ -449,6 +449,20 @@ def test_noise_differs_between_steps_and_parameters():
     assert float(correlations.abs().max()) < 4 / math.sqrt(40_000)
 
 
+def test_noise_follows_thresholds_however_they_change():
+    model = Mixed()
+    engine, _ = make(model, noise_multiplier=1.0)
+    calibration = engine.calibration
+    before = calibration.noise_std(1.0)
+    calibration.thresholds *= 2
+    twice = calibration.noise_std(1.0)
+    assert twice == {param: pytest.approx(2 * std) for param, std in before.items()}
+    state = engine.state_dict()
+    calibration.thresholds = calibration.thresholds / 4
+    assert calibration.noise_std(1.0) == {p: pytest.approx(s / 2) for p, s in before.items()}
+    assert state["thresholds"] != engine.state_dict()["thresholds"]
+
+
 def test_adaptive_thresholds_find_the_quantile():
     from flashdp.groups import AdaptiveThresholds
 

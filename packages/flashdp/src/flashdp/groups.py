@@ -143,6 +143,8 @@ class Calibration:
         if not all(value > 0 for value in values):
             raise ValueError(f"expected thresholds above 0, got {sorted(values)[:3]}")
         self.thresholds = torch.tensor(values, dtype=torch.float32, device=device)
+        self._values: list[float] = []
+        self._values_of: tuple[int, int] | None = None
 
     @property
     def sensitivity(self) -> float:
@@ -150,7 +152,11 @@ class Calibration:
         return math.sqrt(sum(d * d for d in self._sensitivities()))
 
     def _sensitivities(self) -> list[float]:
-        values = self.thresholds.double().tolist()
+        # Read only when they have changed: that waits for all of a GPU's work.
+        version = (id(self.thresholds), self.thresholds._version)
+        if self._values_of != version:
+            self._values, self._values_of = self.thresholds.double().tolist(), version
+        values = self._values
         return [sum(values[k] for k in cluster) for cluster in self.clusters]
 
     def _parameters(self, cluster: Iterable[int]) -> dict[nn.Parameter, None]:

@@ -7,6 +7,7 @@ where they are as small as a norm layer's.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -152,18 +153,19 @@ class RowsRecord:
     g: Tensor
     cu: Tensor
 
+    @functools.cached_property
     def per_unit(self) -> Tensor:
         """(units, elements) in float32 or wider."""
         return segment_sums(self.g.flatten(1), self.cu)
 
     def norm2(self, names: Sequence[str], units: Units, strategy: str) -> Tensor:
         """Squared norm of each unit's gradient, (units,)."""
-        return self.per_unit().square().sum(1)
+        return self.per_unit.square().sum(1)
 
     def accumulate(self, names: Sequence[str], scale: Tensor, sums: Mapping[str, Tensor]) -> None:
         """Add every unit's gradient times its scale."""
         total = sums[self.name]
-        total += _weighted(self.per_unit(), scale).view_as(total)
+        total += _weighted(self.per_unit, scale).view_as(total)
 
 
 def _weighted(per_unit: Tensor, scale: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,6 +41,7 @@ class Units:
     single: bool = True
     longest: int = 1
     scale: float = 1.0
+    _cu_tokens: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def one_per_row(
@@ -116,7 +117,15 @@ class Units:
         lead = x.shape[: x.ndim - features]
         rows, per_row = self._rows(lead, what, flattened)
         flat = x.reshape(rows * per_row, *x.shape[x.ndim - features :])
-        return flat, self.cu_rows * per_row if per_row != 1 else self.cu_rows, per_row
+        return flat, self._tokens_before(per_row), per_row
+
+    def _tokens_before(self, per_row: int) -> Tensor:
+        """``cu_rows`` in tokens, made once for all layers."""
+        if per_row == 1:
+            return self.cu_rows
+        if per_row not in self._cu_tokens:
+            self._cu_tokens[per_row] = self.cu_rows * per_row
+        return self._cu_tokens[per_row]
 
     def _rows(self, lead: torch.Size, what: str, flattened: bool) -> tuple[int, int]:
         if len(lead) >= self.row_dims and lead[: self.row_dims].numel() == self.rows:

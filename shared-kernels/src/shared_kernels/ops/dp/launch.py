@@ -271,13 +271,11 @@ def mm_clip(
     if chunk is None:
         size = 4 * out.numel()
         chunk = min(units, max(1, _CHUNK_BYTES // size))
-    starts, lengths = cu_seqlens[:-1], cu_seqlens.diff()
     n2 = g.new_empty(units, dtype=torch.float32)
     biases = None if bias_out is None else sums(g, None, cu_seqlens)
     depth = wide.depth_of(length) if equal and _worth_tiles(out) and wide.fits(a, g) else None
-    bounds = torch.arange(chunk + 1, dtype=torch.int32, device=g.device) * length
     options = (clipping, stability, "equal" if equal else "longest", length)
-    with torch.cuda.device_of(g), reference.ieee_matmul():
+    with torch.cuda.device_of(g):
         for first in range(0, units, chunk):
             count = min(chunk, units - first)
             some, span = (
@@ -285,13 +283,18 @@ def mm_clip(
                 slice(first * length, (first + count) * length),
             )
             if depth is not None:
-                products, squares = wide.products(a[span], g[span], bounds[: count + 1], depth)
+                bounds = torch.arange(
+                    0, count * length + 1, length, dtype=torch.int32, device=g.device
+                )
+                products, squares = wide.products(a[span], g[span], bounds, depth)
             else:
                 if equal:
                     x, y = (m[span].unflatten(0, (count, length)) for m in (a, g))
                 else:
-                    x, y = (_padded(m, starts[some], lengths[some], length) for m in (a, g))
-                products = _products(x, y)
+                    starts = cu_seqlens[first : first + count + 1]
+                    x, y = (_padded(m, starts[:-1], starts.diff(), length) for m in (a, g))
+                with reference.ieee_matmul():
+                    products = _products(x, y)
                 squares = _squares(products)
             if biases is not None:
                 squares = torch.cat([squares, biases[some].square().sum(1, keepdim=True)], 1)
