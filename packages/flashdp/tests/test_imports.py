@@ -10,6 +10,7 @@ BAD = {
     "dp_accounting",
     "scipy",
     "peft",
+    "trl",
     "opacus",
 }
 
@@ -48,6 +49,7 @@ PoissonSampler(10, 0.1, 1).draw(0)
 
 
 def test_every_public_name_loads():
-    for name in flashdp.__all__:
+    # DPSFTTrainer needs trl; test_trl.py has it.
+    for name in set(flashdp.__all__) - {"DPSFTTrainer"}:
         assert getattr(flashdp, name) is not None, name
     assert set(flashdp.__all__) <= set(dir(flashdp))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from dp_accounting import pld
 from flashdp import DPTrainer, PrivacyArguments, PrivacyError, PrivacyReport
+from flashdp import trainer as trainer_module
 from shared_kernels.testing.models import tiny_inputs, tiny_model
 from transformers import TrainingArguments
 
@@ -185,10 +186,10 @@ def test_a_target_is_reached_in_the_steps_of_the_epochs(tmp_path):
     assert all(not torch.equal(before[n], after[n]) for n, _ in trainer.model.named_parameters())
 
 
-def test_training_stops_before_the_target_is_exceeded(tmp_path):
-    privacy = PrivacyArguments(
-        target_epsilon=3.0, target_delta=1e-3, expected_batch_size=4, accountant="rdp"
-    )
+def test_training_stops_before_the_target_is_exceeded(tmp_path, monkeypatch):
+    # The same question is asked four times.
+    monkeypatch.setattr(trainer_module, "calibrate", functools.cache(trainer_module.calibrate))
+    privacy = PrivacyArguments(target_epsilon=3.0, target_delta=1e-3, expected_batch_size=4)
     trainer = make(tmp_path, privacy, draws=None, max_steps=4)
     trainer._calibrate()
     trainer.engine.accountant.step(trainer.loader.mechanism(trainer.noise_multiplier), steps=2)

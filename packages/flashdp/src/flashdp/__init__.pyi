@@ -20,5 +20,6 @@ from .report import PrivacyReport as PrivacyReport
 from .rules import register_dp_rule as register_dp_rule
 from .sampling import PoissonSampler as PoissonSampler
 from .sampling import physical_batches as physical_batches
+from .trainer import DPSFTTrainer as DPSFTTrainer
 from .trainer import DPTrainer as DPTrainer
 from .trainer import DPTrainerMixin as DPTrainerMixin

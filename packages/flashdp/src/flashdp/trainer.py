@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib.util
 import json
 import logging
 import math
@@ -50,6 +51,17 @@ else:
 __all__ = ["DPTrainer", "DPTrainerMixin"]
 
 logger = logging.getLogger(__name__)
+
+
+def __getattr__(name: str) -> Any:
+    if name != "DPSFTTrainer":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if importlib.util.find_spec("trl") is None:
+        raise ImportError("DPSFTTrainer needs trl: pip install 'flashdp[trl]'")
+    from flashdp.integrations.trl import DPSFTTrainer
+
+    return DPSFTTrainer
+
 
 STATE_NAME = "flashdp_state.json"
 # Read by the engine on the host.
@@ -270,8 +282,10 @@ class DPTrainerMixin(_Base):
         if self.loader is not None and self.is_in_train:
             # A resumed epoch is shorter than the trainer thinks.
             self.state.epoch = self.state.global_step / self._epochs.steps
-        if not self.log_non_private_loss:
-            logs = {key: value for key, value in logs.items() if key not in ("loss", "train_loss")}
+        hidden = set() if self.log_non_private_loss else {"loss", "train_loss"} & logs.keys()
+        if hidden:
+            # Otherwise the same object: trainers add to what `evaluate` returns.
+            logs = {key: value for key, value in logs.items() if key not in hidden}
         super().log(logs, *args, **kwargs)
 
     # -- a run -----------------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""Trainers of other packages, each imported only when it is asked for."""
