@@ -11,7 +11,7 @@ from dp_accounting import pld
 from flashdp import DPTrainer, PrivacyArguments, PrivacyError, PrivacyReport
 from flashdp import trainer as trainer_module
 from shared_kernels.testing.models import tiny_inputs, tiny_model
-from transformers import TrainingArguments
+from transformers import DataCollatorWithFlattening, TrainingArguments
 
 N, STEPS = 12, 20
 SMALL = {"num_hidden_layers": 1}
@@ -51,7 +51,13 @@ def model_of(**kwargs):
 
 
 def make(folder, privacy=NO_NOISE, *, model=None, draws=DRAWS, data=DATA, **kwargs):
-    ours = ("unit_ids", "log_non_private_loss", "compute_loss_func", "eval_dataset")
+    ours = (
+        "unit_ids",
+        "log_non_private_loss",
+        "compute_loss_func",
+        "eval_dataset",
+        "data_collator",
+    )
     extra = {key: kwargs.pop(key) for key in ours if key in kwargs}
     model = model_of() if model is None else model
     trainer = DPTrainer(
@@ -202,6 +208,19 @@ def test_training_stops_before_the_target_is_exceeded(tmp_path, monkeypatch):
     spent.engine.accountant.step(spent.loader.mechanism(spent.noise_multiplier), steps=4)
     with pytest.raises(PrivacyError, match=r"4 steps have spent epsilon .* exceed 3"):
         spent.train()
+
+
+def test_packed_rows_train_the_same(tmp_path):
+    data = [{key: row[key].tolist() for key in ("input_ids", "labels")} for row in DATA]
+    found = []
+    for collator in (None, DataCollatorWithFlattening(return_flash_attn_kwargs=True)):
+        trainer = make(tmp_path, data=data, data_collator=collator)
+        trainer.train()
+        assert trainer.engine.independence.status == "loss"
+        found.append(trainer.model.state_dict())
+    assert_close(*found)
+    before = model_of().state_dict()
+    assert any(not torch.equal(value, before[name]) for name, value in found[0].items())
 
 
 # -- what is shown ---------------------------------------------------------------------------------

@@ -256,7 +256,7 @@ class DPTrainerMixin(_Base):
         labels = inputs.get("labels")
         loss, outputs = super().compute_loss(model, inputs, True, None)
         if not self._loss_checked:
-            check_loss(loss, outputs, labels)
+            check_loss(loss, outputs, inputs)
             self._loss_checked = True
         if self._loss_kind == "rows":
             if loss.ndim != 1:

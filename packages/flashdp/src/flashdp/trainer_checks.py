@@ -9,8 +9,10 @@ import torch
 
 from flashdp.errors import PrivacyError
 from flashdp.losses import loss_owner, unit_loss
+from flashdp.units import packed_starts
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from torch import Tensor
@@ -35,16 +37,17 @@ def loss_kind(trainer: Any) -> str:
     return known[owner.loss_type]
 
 
-def check_loss(loss: Tensor, outputs: Any, labels: Any) -> None:
+def check_loss(loss: Tensor, outputs: Any, inputs: Mapping[str, Any]) -> None:
     """Refuse a model that computes its loss by itself, or adds a term over the batch."""
     logits = outputs.get("logits") if isinstance(outputs, dict) else None
+    labels = inputs.get("labels")
     if logits is None or labels is None:
         return
-    expected = unit_loss(logits.detach(), labels)
+    expected = unit_loss(logits.detach(), labels, cu_seq_lens_q=packed_starts(inputs))
     # Both are float32 sums of the same logits' losses; a router's loss can be a thousandth of that.
     if not torch.allclose(loss.detach().float(), expected, rtol=1e-5, atol=1e-6):
         raise PrivacyError(
-            f"the model's loss is {float(loss):.6g}, the sum of its rows' losses "
+            f"the model's loss is {loss.item():.6g}, the sum of its rows' losses "
             f"{float(expected):.6g}: it holds terms over the whole batch; turn them off (a "
             "router's loss, say) or give a compute_loss_func that returns one loss per row"
         )
