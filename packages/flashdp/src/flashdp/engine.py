@@ -18,7 +18,7 @@ from flashdp.independence import Independence
 from flashdp.losses import LossReplacement
 from flashdp.noise import NoiseSource
 from flashdp.report import report_of
-from flashdp.sharding import first_element, is_sharded, like_parameter, local_part
+from flashdp.sharding import empty_sum, first_element, is_sharded, like_parameter
 from flashdp.units import units_of_call
 
 if TYPE_CHECKING:
@@ -334,8 +334,7 @@ class PrivacyEngine:
         for uid, param in enumerate(self._parameters):
             total, sharded = sums.pop(param, None), is_sharded(param)
             if total is None:
-                like = local_part(param) if sharded else param
-                total = torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
+                total = empty_sum(param)
             if distributed and not sharded:
                 torch.distributed.all_reduce(total)
             grad = self.noise.noised(

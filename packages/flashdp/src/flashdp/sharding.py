@@ -5,14 +5,16 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 __all__ = [
+    "empty_sum",
     "first_element",
     "is_sharded",
     "like_parameter",
-    "local_part",
     "reduce_scatter",
     "trouble",
     "unsharded_type",
@@ -60,9 +62,10 @@ def reduce_scatter(total: Tensor, param: Any) -> Tensor:
     return whole.redistribute(placements=param.placements).to_local().contiguous()
 
 
-def local_part(param: Any) -> Tensor:
-    """This rank's part of a sharded parameter."""
-    return param.to_local()
+def empty_sum(param: Any) -> Tensor:
+    """Return zeros of the shape of what this rank holds, float32 or wider."""
+    mine = param.to_local() if is_sharded(param) else param
+    return torch.zeros_like(mine, dtype=torch.promote_types(mine.dtype, torch.float32))
 
 
 def first_element(param: Any) -> int:
