@@ -16,7 +16,7 @@ STEPS, BATCH = 3, 4
 CASES = (
     *(("", wrap) for wrap in ("", "ddp", "fsdp")),
     *((fault, "") for fault in ("own key", "own noise")),
-    *((fault, "fsdp") for fault in ("no offset", "not summed")),
+    *((fault, "fsdp") for fault in ("no offset", "not summed", "leak")),
 )
 
 pytestmark = pytest.mark.slow
@@ -50,6 +50,7 @@ def faulty(fault, rank, world):
     reduce, own = distributed.all_reduce, torch.Generator().manual_seed(rank)
     return {
         "": nullcontext,
+        "leak": nullcontext,
         "own key": lambda: mock.patch.object(NoiseSource, "agree", lambda self: None),
         "own noise": lambda: mock.patch.object(
             distributed, "all_reduce", lambda t: reduce(t.add_(torch.randn(t.shape, generator=own)))
@@ -64,6 +65,7 @@ def faulty(fault, rank, world):
 def train(rank, world, *, fault="", wrap=""):
     """Run an empty step and STEPS real ones; every rank takes its part of each logical batch."""
     from flashdp.engine import PrivacyEngine
+    from flashdp.errors import PrivacyError
     from flashdp.losses import unit_loss
     from shared_kernels.testing.models import tiny_inputs, tiny_model
 
@@ -85,6 +87,17 @@ def train(rank, world, *, fault="", wrap=""):
 
     engine.noise.noised = noised
     share = BATCH // world
+    if fault == "leak":
+        # A weight is used past its layer.
+        model.model.layers[0].register_forward_hook(
+            lambda layer, _, out: out + 1e-3 * layer.input_layernorm.weight.sum(), prepend=True
+        )
+        inputs = tiny_inputs("llama", batch=BATCH)
+        try:
+            called(**inputs).loss.backward()
+        except PrivacyError as error:
+            return {"error": str(error)}
+        return {"error": "none"}
     with faulty(fault, rank, world):
         # Nothing was drawn: what is released is noise alone, and can be compared bit by bit.
         optimizer.step()
@@ -172,6 +185,12 @@ def test_shards_of_one_ranks_sum_are_found_out(ranks, alone):
     found = whole(ranks["not summed", "fsdp"])
     with pytest.raises(AssertionError, match="not close"):
         torch.testing.assert_close(found["sums"][0], alone["sums"][0], rtol=0, atol=1e-6)
+
+
+def test_a_gradient_past_its_layer_is_found_in_a_shard(ranks):
+    for found in ranks["leak", "fsdp"]:
+        assert "past its private layer" in found["error"]
+        assert "layers.0.input_layernorm.weight" in found["error"]
 
 
 def test_noise_of_each_ranks_own_is_found_out(ranks, alone):

@@ -313,13 +313,7 @@ class PrivacyEngine:
         In the middle of a logical batch there is nothing to do: without gradients an optimizer
         leaves its parameters alone.
         """
-        if self.collector is None:
-            return
-        # A sharded parameter gets its gradient past its hooks.
-        for param, name in self._parameters.items():
-            if is_sharded(param):
-                _leaked(param, name)
-        if not self._last:
+        if self.collector is None or not self._last:
             return
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if distributed and not self._started:
