@@ -79,8 +79,8 @@ def test_the_check_passes_and_can_fail(monkeypatch):
 
     honest = NoiseSource.noised
 
-    def wrong(self, total, **options):
-        return honest(self, total * 1.01, **options)
+    def wrong(self, sums, **options):
+        return honest(self, (replace(s, total=s.total * 1.01) for s in sums), **options)
 
     monkeypatch.setattr(NoiseSource, "noised", wrong)
     with pytest.raises(AssertionError, match=r"off by 1\.00e-02"):

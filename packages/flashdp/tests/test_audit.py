@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
+import flashdp.noise
 import numpy as np
 import pytest
 import torch
 from dp_accounting import get_sigma_gaussian
 from flashdp.audit import audit_mechanism, audit_one_run, one_run_p_value
-from flashdp.noise import NoiseSource
+from flashdp.noise import ClippedSum, NoiseSource
 from scipy import stats
 
 DELTA = 1e-5
@@ -18,8 +20,8 @@ DELTA = 1e-5
 class Halved(NoiseSource):
     """Half of the noise that was asked for."""
 
-    def noised(self, total, *, std, **kwargs):
-        return super().noised(total, std=std / 2, **kwargs)
+    def noised(self, sums, **kwargs):
+        return super().noised((replace(s, std=s.std / 2) for s in sums), **kwargs)
 
 
 @pytest.mark.parametrize("epsilon", [1.5, 2.0, 4.0])
@@ -69,6 +71,30 @@ def test_numbers_out_of_range_are_refused(wrong):
         audit_mechanism(NoiseSource(secure=False, seed=0), **options)
 
 
+def test_noise_does_not_depend_on_what_is_drawn_together(monkeypatch):
+    def drawn():
+        source = NoiseSource(secure=False, seed=3)
+        sizes = [3000, 5, 1, 700, 4100]
+        parts = (
+            ClippedSum(torch.full((n,), float(uid)), uid, 0.5, torch.bfloat16)
+            for uid, n in enumerate(sizes)
+        )
+        return list(source.noised(parts, step=2, divisor=4.0))
+
+    together = drawn()
+    calls = []
+    original = flashdp.noise.gaussian_steps
+    monkeypatch.setattr(
+        flashdp.noise,
+        "gaussian_steps",
+        lambda *a, **k: calls.append(len(a[0])) or original(*a, **k),
+    )
+    monkeypatch.setattr(flashdp.noise, "_TOGETHER", 3005)
+    for one, other in zip(drawn(), together, strict=True):
+        assert torch.equal(one, other)
+    assert calls == [2, 2, 1]
+
+
 # -- by a single run -------------------------------------------------------------------------------
 
 CANARIES = 4000
@@ -82,7 +108,8 @@ def noised(included, std, seed=0):
     """A sum in which every canary has a coordinate of its own."""
     source = NoiseSource(secure=False, seed=seed)
     total = torch.from_numpy(included).float()
-    return source.noised(total, step=0, uid=0, std=std, divisor=1.0, dtype=torch.float32).numpy()
+    (out,) = source.noised([ClippedSum(total, 0, std)], step=0, divisor=1.0)
+    return out.numpy()
 
 
 def test_one_run_of_the_right_mechanism_passes():

@@ -80,10 +80,12 @@ def train(rank, world, *, fault="", wrap=""):
     )
     sums, noises, drawn = [], [], engine.noise.noised
 
-    def noised(total, **kwargs):
-        sums.append(total.clone())
-        noises.append(drawn(total, **kwargs).clone())
-        return noises[-1]
+    def noised(parts, **kwargs):
+        parts = list(parts)
+        sums.extend(part.total.clone() for part in parts)
+        for out in drawn(parts, **kwargs):
+            noises.append(out.clone())
+            yield out
 
     engine.noise.noised = noised
     share = BATCH // world

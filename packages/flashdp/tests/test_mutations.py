@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import flashdp.collector
 import flashdp.records
@@ -113,8 +114,8 @@ def test_checks_hold(check):
 def scaled_noise(factor):
     original = NoiseSource.noised
 
-    def noised(self, total, *, uid, std, **kwargs):
-        return original(self, total, uid=uid, std=std * factor(uid), **kwargs)
+    def noised(self, sums, **kwargs):
+        return original(self, (replace(s, std=s.std * factor(s.uid)) for s in sums), **kwargs)
 
     return noised
 

@@ -140,8 +140,8 @@ def declare(
 
     Args:
         schema: Name, arguments and result in the language of ``torch.library``, for instance
-            ``"scale_(Tensor(a!) x, float factor) -> ()"``. The first argument must be a tensor: its
-            device decides. An argument ``str impl`` is appended.
+            ``"scale_(Tensor(a!) x, float factor) -> ()"``. The first argument must be a tensor, or
+            a list of at least one: its device decides. An argument ``str impl`` is appended.
         implementations: Functions of the schema's arguments, positional, keyed by ``reference``
             (required), ``triton`` and ``numba``. They import what they need inside.
         fake: Function of the schema's arguments that returns empty outputs.
@@ -159,7 +159,8 @@ def declare(
 
     def run(*args: Any) -> Any:
         *values, impl = args
-        device = values[0].device
+        first = values[0]
+        device = (first[0] if isinstance(first, list | tuple) else first).device
         reason = unsupported(*values) if device.type == "cuda" else None
         return implementations[select(name, impl, device, available, reason)](*values)
 

@@ -52,7 +52,9 @@ def over_descriptors(count, clipping):
     launch.scaled_mm(case.a, case.g, case.cu, case.scale, out, None, 64)
     launch.mm_norm(case.a, case.g, case.cu, False, 64)
     launch.token_gram_norm(case.tokens, case.g, case.cu, 2, None)
-    launch.mm_clip(case.a, case.g, case.cu, threshold, out, bias, clipping, 0.01, None, None, True)
+    launch.mm_clip(
+        case.a, case.g, case.cu, threshold, out, bias, clipping, 0.01, None, None, True, False
+    )
 
 
 def any_layout(dtype):
@@ -64,7 +66,9 @@ def any_layout(dtype):
     launch.gram_clip(case.a, case.g, case.cu, threshold, out, bias, "abadi", 0.01, 17, 1)
     launch.token_gram_norm(case.tokens, case.g, case.cu, 2, None)
     launch.mm_norm(case.a, case.g, case.cu, True, 1)
-    launch.mm_clip(case.a, case.g, case.cu, threshold, out, bias, "abadi", 0.01, 1, None, True)
+    launch.mm_clip(
+        case.a, case.g, case.cu, threshold, out, bias, "abadi", 0.01, 1, None, True, True
+    )
     launch.sums(case.g, case.g, case.cu)
     table = torch.zeros(6, 65)
     launch.embedding_accumulate(case.tokens, case.g, case.cu, case.scale, table, None)

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shared_kernels.bench import Ceilings, Plan, load_benchmarks, run_workload
 from shared_kernels.bench.runner import GateError
-from shared_kernels.ops.dp import gaussian_step
-from shared_kernels.ops.dp.noise.op import double_bits, gaussian_step_
+from shared_kernels.ops.dp import gaussian_step, gaussian_steps
+from shared_kernels.ops.dp.noise.op import double_bits, gaussian_steps_
 from shared_kernels.random.chacha import key_from_seed
 from shared_kernels.random.chacha.keys import key_words
 from shared_kernels.random.chacha.reference import standard_normals
@@ -141,6 +141,55 @@ def test_only_the_result_is_written(kernel_device, impl, dtype):
     gaussian_step(total, torch.empty_like(total), **STREAM, std=1, divisor=1, impl=impl)
     assert torch.equal(total, before)
     assert torch.equal(KEY, key)
+
+
+def many(seed: int = 0) -> dict[str, list]:
+    """Parameters of several dtypes, sizes and deviations, two of them parts of one."""
+    rows = [
+        (2048, F32, BF16, 3, 0.5, 0),
+        (1, F32, BF16, 4, 0.5, 0),
+        (5000, F32, BF16, 5, 2.0, 0),
+        (0, F32, BF16, 6, 2.0, 0),
+        (777, F32, BF16, 0xFEDCBA98, 2.0, (1 << 35) - 100),
+        (4100, F32, F32, 8, 1.0, 0),
+        (4100, F32, F32, 8, 1.0, 4100),
+        (300, F64, F32, 9, 1.0, 2047),
+        (900, F32, BF16, 10, 0.0, 0),
+        (33, F32, BF16, 11, 0.5, 4095),
+    ]
+    return {
+        "totals": [totals(row[0], row[1], seed + i) for i, row in enumerate(rows)],
+        "outs": [torch.full((row[0],), math.nan, dtype=row[2]) for row in rows],
+        "uids": [row[3] for row in rows],
+        "stds": [row[4] for row in rows],
+        "starts": [row[5] for row in rows],
+    }
+
+
+@pytest.mark.parametrize("impl", ["reference", "numba", "triton"])
+def test_many_are_each_alone(kernel_device, impl):
+    device = kernel_device if impl == "triton" else "cpu"
+    case = {k: [v.to(device) if isinstance(v, Tensor) else v for v in c] for k, c in many().items()}
+    # the sixth in place
+    case["outs"][5] = case["totals"][5]
+    rest = {"key": KEY, "step": 5, "divisor": DIVISOR}
+    expected = [torch.empty_like(out) for out in case["outs"]]
+    for total, out, uid, std, start in zip(
+        case["totals"], expected, case["uids"], case["stds"], case["starts"], strict=True
+    ):
+        gaussian_step(total, out, uid=uid, std=std, start=start, impl=impl, **rest)
+    gaussian_steps(**case, impl=impl, **rest)
+    for got, want in zip(case["outs"], expected, strict=True):
+        assert_same(got.cpu(), want.cpu())
+
+
+def test_lists_must_fit():
+    case = many() | {"key": KEY, "step": 5, "divisor": DIVISOR}
+    for name in ("outs", "uids", "stds", "starts"):
+        with pytest.raises(ValueError, match=f"{name}: expected 10 of them, got int 9; pass one"):
+            gaussian_steps(**case | {name: case[name][1:]})
+    with pytest.raises(ValueError, match="totals: expected one or more tensors"):
+        gaussian_steps([], [], key=KEY, step=5, uids=[], stds=[], divisor=1)
 
 
 @pytest.mark.parametrize("impl", ["reference", "numba", "triton"])
@@ -299,10 +348,12 @@ def test_op_checklist(kernel_device, impl, in_place):
         total = totals(n).to(device)
         out = total if in_place else torch.full_like(total, math.nan)
         source = None if in_place else total
-        return out, source, KEY.clone(), 5, 6, 1, STD, DIVISOR, 2000, impl
+        more = totals(n + 5, F64, seed=1).to(device)
+        outs, sources = [out, torch.full_like(more, math.nan).float()], [source, more]
+        return outs, sources, KEY.clone(), 5, [6, 9], 1, [STD, 0.0], DIVISOR, [2000, 3], impl
 
     sizes = [97, 2049] if impl == "triton" else [4099, 1, 2047, 2049]
-    check_op(gaussian_step_, make_args, sizes=sizes)
+    check_op(gaussian_steps_, make_args, sizes=sizes)
 
 
 BAD = {

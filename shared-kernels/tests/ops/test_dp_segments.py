@@ -1,5 +1,7 @@
 """Norms and clipped sums of privacy units: every implementation against a loop in float64."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -180,6 +182,11 @@ def test_mm_clip(run, clipping, threshold):
         n2 = dp.segment_mm_clip(case.a, case.g, case.cu, threshold, alone, impl=impl, **options)
         assert_mm_norm(case, n2, bias=False)
         assert_scaled_sum(case, dp.clip_factors(n2, threshold), alone, None)
+        # unwritten memory may hold anything
+        over = torch.full_like(alone, math.nan)
+        options["accumulate"] = False
+        dp.segment_mm_clip(case.a, case.g, case.cu, threshold, over, impl=impl, **options)
+        assert_scaled_sum(case, dp.clip_factors(n2, threshold), over + 0.5, None)
 
 
 @pytest.mark.parametrize(("clipping", "threshold"), CLIPS)

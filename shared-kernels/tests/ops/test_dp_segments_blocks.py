@@ -1,5 +1,7 @@
 """Kernels over tensor descriptors: units of whole blocks of rows, matrices that are aligned."""
 
+import math
+
 import pytest
 import torch
 from shared_kernels.ops import dp
@@ -153,6 +155,10 @@ def test_clipped_sum(place, clipping, chunk, monkeypatch):
         n2 = dp.segment_mm_clip(units.a, units.g, units.cu, 90.0, out, bias_out=bias_out, **options)
         assert_mm_norm(units, n2, bias=True)
         assert_scaled_sum(units, dp.clip_factors(n2, 90.0, clipping), out, bias_out)
+        over = out.fill_(math.nan)
+        options["accumulate"] = False
+        n2 = dp.segment_mm_clip(units.a, units.g, units.cu, 90.0, over, **options)
+        assert_scaled_sum(units, dp.clip_factors(n2, 90.0, clipping), over + 0.5, None)
 
 
 @pytest.mark.parametrize("clipping", ["abadi", "automatic"])

@@ -1,5 +1,7 @@
 """Norms and clipped sums of privacy units on a GPU: what the interpreter cannot show."""
 
+import math
+
 import pytest
 import torch
 from shared_kernels import _autotune
@@ -90,6 +92,13 @@ def test_clipped_sum(units, clipping):
             )
             assert_mm_norm(units, n2, bias=True)
             assert_scaled_sum(units, dp.clip_factors(n2, 5.0, clipping), out, bias_out)
+            over = out.fill_(math.nan)
+            options["accumulate"] = False
+            n2 = dp.segment_mm_clip(
+                units.a, units.g, units.cu, 5.0, over, clipping=clipping, chunk=chunk, **options
+            )
+            assert_scaled_sum(units, dp.clip_factors(n2, 5.0, clipping), over + 0.5, None)
+            del options["accumulate"]
 
 
 def test_sums(units):

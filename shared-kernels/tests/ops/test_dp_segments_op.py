@@ -16,13 +16,17 @@ def op_arguments(case: UnitRows, impl: str) -> dict:
     out, bias_out = case.outputs("transposed")
     table = torch.zeros(6, g.shape[1], device=g.device)
     threshold = torch.full((), 2.0, device=g.device)
-    clip = ("abadi", 0.01, None, len(g), False)
+    clip = ("abadi", 0.01, None, len(g), False, True)
     return {
         "gram_norm": (op.gram_norm, (a, g, cu, True, None, impl)),
         "token_gram_norm": (op.token_gram_norm, (tokens, g, cu, 1, None, impl)),
         "mm_norm": (op.mm_norm, (a, g, cu, True, 1, impl)),
         "scaled_mm": (op.scaled_mm_, (a, g, cu, scale, out, bias_out, 1, impl)),
         "mm_clip": (op.mm_clip_, (a, g, cu, threshold, out, bias_out, *clip, impl)),
+        "mm_clip over": (
+            op.mm_clip_,
+            (a, g, cu, threshold, out, bias_out, *clip[:-1], False, impl),
+        ),
         "gram_clip": (
             op.gram_clip_,
             (a, g, cu, threshold, out, bias_out, "abadi", 0.01, len(g), 1, impl),

@@ -12,6 +12,7 @@ from dp_accounting import get_epsilon_gaussian
 from scipy import stats
 
 from flashdp._checks import check_fraction, check_real, check_whole
+from flashdp.noise import ClippedSum
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -119,7 +120,7 @@ def _scores(noise: NoiseSource, canary: float, std: float, trials: int, *, uid: 
     drawn = []
     for step in range(math.ceil(trials / _PER_CALL)):
         total = torch.full((_PER_CALL,), canary)
-        out = noise.noised(total, step=step, uid=uid, std=std, divisor=1.0, dtype=torch.float32)
+        (out,) = noise.noised([ClippedSum(total, uid, std)], step=step, divisor=1.0)
         drawn.append(out.double().numpy())
     return np.concatenate(drawn)[:trials]
 

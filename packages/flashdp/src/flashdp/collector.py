@@ -271,25 +271,31 @@ class Collector:
 
     # -- clipping --------------------------------------------------------------------------------
 
-    def _sum_of(self, param: nn.Parameter) -> Tensor:
-        if param in self.sums and not is_sharded(param):
+    def _sum_of(self, param: nn.Parameter, *, written: bool = False) -> Tensor:
+        if self._has_sum(param):
             return self.sums[param]
         dtype = torch.promote_types(param.dtype, torch.float32)
-        total = torch.zeros(param.shape, dtype=dtype, device=param.device)
-        if not is_sharded(param):
-            self.sums[param] = total
-        return total
+        make = torch.empty if written else torch.zeros
+        return make(param.shape, dtype=dtype, device=param.device)
+
+    def _has_sum(self, param: nn.Parameter) -> bool:
+        return param in self.sums and not is_sharded(param)
 
     @contextmanager
-    def _sums_of(self, part: Part) -> Generator[dict[str, Tensor]]:
-        """Lend the sums of a part's parameters to be added to."""
-        sums = {local: self._sum_of(part.layer.parameter(local)) for local in part.names}
+    def _sums_of(self, part: Part, *, written: str = "") -> Generator[dict[str, Tensor]]:
+        """Lend the sums of a part's parameters to be added to; one may be ``written`` first."""
+        sums = {
+            local: self._sum_of(part.layer.parameter(local), written=local == written)
+            for local in part.names
+        }
         yield sums
+        # Not before: after an error unwritten memory must not be taken for a sum.
         for local in part.names:
-            param = part.layer.parameter(local)
+            param, total = part.layer.parameter(local), sums.pop(local)
             if is_sharded(param):
-                mine = reduce_scatter(sums.pop(local), param)
-                self.sums[param] = self.sums[param] + mine if param in self.sums else mine
+                total = reduce_scatter(total, param)
+                total = self.sums[param] + total if param in self.sums else total
+            self.sums[param] = total
 
     @torch.no_grad()
     def _clip(self, group: Group) -> None:
@@ -308,11 +314,13 @@ class Collector:
         ):
             strategy = self.strategy(only, units)
         if isinstance(only, MatrixRecord) and strategy in ("gram", "spill"):
-            names = parts[0].names
-            with self._sums_of(parts[0]) as sums:
+            names, weight = parts[0].names, parts[0].layer.parameter(only.weight)
+            fresh = strategy == "spill" and not self._has_sum(weight)
+            with self._sums_of(parts[0], written=only.weight if fresh else "") as sums:
                 n2 = only.clip(
-                    names, units, threshold, self.clipping, self.stability, sums, strategy
-                )
+                    names, units, threshold, self.clipping, self.stability, sums, strategy,
+                    fresh=fresh,
+                )  # fmt: skip
         else:
             n2 = self._norm2(parts, units)
             scale = clip_factors(n2, threshold.to(n2.dtype), self.clipping, self.stability)

@@ -16,7 +16,7 @@ from flashdp.errors import PrivacyError
 from flashdp.groups import AdaptiveThresholds, Calibration, make_groups
 from flashdp.independence import Independence
 from flashdp.losses import LossReplacement
-from flashdp.noise import NoiseSource
+from flashdp.noise import ClippedSum, NoiseSource
 from flashdp.report import report_of
 from flashdp.sharding import empty_sum, first_element, is_sharded, like_parameter
 from flashdp.units import units_of_call
@@ -315,8 +315,7 @@ class PrivacyEngine:
         """
         if self.collector is None or not self._last:
             return
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if distributed and not self._started:
+        if _distributed() and not self._started:
             self.noise.agree()
         self._started = True
         step = self.accountant.steps
@@ -325,31 +324,36 @@ class PrivacyEngine:
         sums, below = self.collector.take(), self.collector.below
         self.collector.below = None
         std = self.calibration.noise_std(self._sigma)
-        for uid, param in enumerate(self._parameters):
-            total, sharded = sums.pop(param, None), is_sharded(param)
-            if total is None:
-                total = empty_sum(param)
-            if distributed and not sharded:
-                torch.distributed.all_reduce(total)
-            grad = self.noise.noised(
-                total, step=step, uid=uid, std=std[param], divisor=self.expected_batch_size,
-                dtype=param.dtype, start=first_element(param) if sharded else 0,
-            )  # fmt: skip
-            param.grad = like_parameter(grad, param) if sharded else grad
+        parts = (self._part(p, sums, uid, std[p]) for uid, p in enumerate(self._parameters))
+        grads = self.noise.noised(parts, step=step, divisor=self.expected_batch_size)
+        for param, grad in zip(self._parameters, grads, strict=True):
+            param.grad = like_parameter(grad, param) if is_sharded(param) else grad
         if self.adaptive is not None:
-            self._adapt(below, step, distributed=distributed)
+            self._adapt(below, step)
 
-    def _adapt(self, below: Tensor | None, step: int, *, distributed: bool) -> None:
+    def _part(
+        self, param: nn.Parameter, sums: dict[nn.Parameter, Tensor], uid: int, std: float
+    ) -> ClippedSum:
+        """Take a parameter's sum over all ranks, or this rank's part of it, out of ``sums``."""
+        total, sharded = sums.pop(param, None), is_sharded(param)
+        if total is None:
+            total = empty_sum(param)
+        if _distributed() and not sharded:
+            torch.distributed.all_reduce(total)
+        start = first_element(param) if sharded else 0
+        return ClippedSum(total, uid, std, param.dtype, start)
+
+    def _adapt(self, below: Tensor | None, step: int) -> None:
         assert self.adaptive is not None
         thresholds = self.calibration.thresholds
         total = torch.zeros_like(thresholds) if below is None else below
-        if distributed:
+        if _distributed():
             torch.distributed.all_reduce(total)
         # Centred counts: half of the expected batch is what zero stands for.
-        share = self.noise.noised(
-            total, step=step, uid=0, std=self._sigma_counts, divisor=self.expected_batch_size,
-            dtype=total.dtype, counts=True,
-        )  # fmt: skip
+        counts = [ClippedSum(total, 0, self._sigma_counts, total.dtype)]
+        (share,) = self.noise.noised(
+            counts, step=step, divisor=self.expected_batch_size, counts=True
+        )
         self.calibration.adapt(share + 0.5, self.adaptive)
 
     # -- what was spent --------------------------------------------------------------------------
@@ -406,6 +410,10 @@ def _leaked(param: Tensor, name: str) -> None:
         f"autograd put a gradient into {name!r} past its private layer: the parameter is "
         "used outside the module that owns it; freeze it, or register a rule"
     )
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _mechanism(sigma: float, sample_rate: float | None, loader: Any) -> Mechanism:

@@ -2,14 +2,42 @@
 
 from __future__ import annotations
 
-import torch
-from shared_kernels.ops.dp import gaussian_step
-from shared_kernels.random.chacha import key_from_seed, new_key
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-__all__ = ["NoiseSource"]
+import torch
+from shared_kernels.ops.dp import gaussian_steps
+from shared_kernels.random.chacha import key_from_seed, new_key
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from torch import Tensor
+
+__all__ = ["ClippedSum", "NoiseSource"]
 
 _GRADIENTS, _COUNTS = 0, 1
+#: Elements noised in one launch: totals and results are in memory together.
+_TOGETHER = 1 << 28
+
+
+@dataclass(frozen=True, eq=False)
+class ClippedSum:
+    """A sum that waits for its noise.
+
+    Attributes:
+        total: Sum of a parameter, or a part of it that is contiguous in it.
+        uid: Number of the parameter.
+        std: Standard deviation of the noise.
+        dtype: Of the result.
+        start: Index in the parameter of the part's first element.
+    """
+
+    total: Tensor
+    uid: int
+    std: float
+    dtype: torch.dtype = torch.float32
+    start: int = 0
 
 
 class NoiseSource:
@@ -48,39 +76,44 @@ class NoiseSource:
         self._key = key.cpu()
 
     def noised(
-        self,
-        total: Tensor,
-        *,
-        step: int,
-        uid: int,
-        std: float,
-        divisor: float,
-        dtype: torch.dtype,
-        start: int = 0,
-        counts: bool = False,
-    ) -> Tensor:
-        """Return (total + noise) / divisor in ``dtype``; ``total`` is used up.
+        self, sums: Iterable[ClippedSum], *, step: int, divisor: float, counts: bool = False
+    ) -> Iterator[Tensor]:
+        """Yield (total + noise) / divisor of each sum; totals are used up.
+
+        Sums are taken from the iterable, and noised together, until they hold 2^28 elements.
 
         Args:
-            total: Sum of a parameter, or a part of it that is contiguous in it.
+            sums: All on one device.
             step: Number of the step.
-            uid: Number of the parameter.
-            std: Standard deviation of the noise.
             divisor: Public batch size.
-            dtype: Of the result.
-            start: Index in the parameter of the part's first element.
             counts: Whether these are counts of units, whose noise is another.
         """
-        out = total if total.dtype is dtype else torch.empty_like(total, dtype=dtype)
-        gaussian_step(
-            total.view(-1),
-            out.view(-1),
+        together: list[ClippedSum] = []
+        for clipped in sums:
+            if together and sum(s.total.numel() for s in (*together, clipped)) > _TOGETHER:
+                yield from self._noised(together, step, divisor, counts)
+                together = []
+            together.append(clipped)
+        if together:
+            yield from self._noised(together, step, divisor, counts)
+
+    def _noised(
+        self, sums: list[ClippedSum], step: int, divisor: float, counts: bool
+    ) -> list[Tensor]:
+        outs = [
+            s.total if s.total.dtype is s.dtype else torch.empty_like(s.total, dtype=s.dtype)
+            for s in sums
+        ]
+        gaussian_steps(
+            [s.total.view(-1) for s in sums],
+            [out.view(-1) for out in outs],
             key=self._key,
             step=step,
-            uid=uid,
-            std=std,
+            uids=[s.uid for s in sums],
+            stds=[s.std for s in sums],
             divisor=divisor,
-            start=start,
+            starts=[s.start for s in sums],
             domain=_COUNTS if counts else _GRADIENTS,
         )
-        return out
+        sums.clear()
+        return outs

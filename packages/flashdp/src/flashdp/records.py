@@ -94,8 +94,13 @@ class MatrixRecord:
         stability: float,
         sums: Mapping[str, Tensor],
         strategy: str,
+        *,
+        fresh: bool = False,
     ) -> Tensor:
-        """Norms, factors and weighted sum in one go; returns the squared norms."""
+        """Norms, factors and weighted sum in one go; returns the squared norms.
+
+        With ``fresh`` the weight's sum is unwritten memory (only where the strategy is "spill").
+        """
         out = self._out(sums)
         arguments = (self.a, self.g, self.cu, threshold.to(out.dtype), out)
         options: dict[str, Any] = {
@@ -106,7 +111,7 @@ class MatrixRecord:
         }
         if strategy == "gram":
             return segment_gram_clip(*arguments, row_multiple=max(1, self.per_row), **options)
-        return segment_mm_clip(*arguments, equal=units.single, **options)
+        return segment_mm_clip(*arguments, equal=units.single, accumulate=not fresh, **options)
 
 
 @dataclass

@@ -1,10 +1,12 @@
 """The checklist that every op must pass, as one function."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from shared_kernels.testing.poison import poison_, poisoned_empty
 
@@ -31,9 +33,8 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def _results(op: Any, returned: Any, args: Sequence[Any]) -> list[Tensor]:
-    outputs = returned if isinstance(returned, tuple | list) else [returned]
     written = [args[index] for index in written_arguments(op)]
-    return [_bytes(t).clone() for t in (*outputs, *written) if isinstance(t, Tensor)]
+    return [_bytes(t).clone() for t in tree_leaves((returned, written)) if isinstance(t, Tensor)]
 
 
 def _assert_same(actual: list[Tensor], expected: list[Tensor], what: str) -> None:
@@ -75,20 +76,27 @@ def check_reads_nothing_unwritten(op: Any, make_args: Callable[[], Sequence[Any]
 def check_stays_inside(op: Any, make_args: Callable[[], Sequence[Any]]) -> None:
     """Assert that nothing is read or written beside the tensors.
 
-    Every contiguous tensor argument is placed in the middle of a poisoned buffer; the margins must
-    stay as they were, and the results the same.
+    Every contiguous tensor argument, in a list too, is placed in the middle of a poisoned buffer;
+    the margins must stay as they were, and the results the same.
     """
     args = make_args()
     expected = _results(op, op(*args), args)
-    args, margins = list(make_args()), []
-    for index, argument in enumerate(args):
-        if isinstance(argument, Tensor) and argument.is_contiguous():
-            numel = argument.numel()
-            buffer = poison_(argument.new_empty(numel + 2 * _CANARY_ELEMENTS))
-            inner = buffer[_CANARY_ELEMENTS : _CANARY_ELEMENTS + numel]
-            args[index] = inner.copy_(argument.reshape(-1)).view(argument.shape)
-            outer = (buffer[:_CANARY_ELEMENTS], buffer[_CANARY_ELEMENTS + numel :])
-            margins += [(index, margin, _bytes(margin).clone()) for margin in outer]
+    margins = []
+
+    def placed(index: int, argument: Any) -> Any:
+        if not isinstance(argument, Tensor) or not argument.is_contiguous():
+            return argument
+        numel = argument.numel()
+        buffer = poison_(argument.new_empty(numel + 2 * _CANARY_ELEMENTS))
+        inner = buffer[_CANARY_ELEMENTS : _CANARY_ELEMENTS + numel]
+        outer = (buffer[:_CANARY_ELEMENTS], buffer[_CANARY_ELEMENTS + numel :])
+        margins.extend((index, margin, _bytes(margin).clone()) for margin in outer)
+        return inner.copy_(argument.reshape(-1)).view(argument.shape)
+
+    args = [
+        tree_map(functools.partial(placed, index), argument)
+        for index, argument in enumerate(make_args())
+    ]
     _assert_same(_results(op, op(*args), args), expected, "between canaries")
     for index, margin, before in margins:
         assert torch.equal(_bytes(margin), before), f"wrote beside argument {index}"

@@ -14,13 +14,14 @@ from shared_kernels.ops.dp.api import (
     segment_sums,
     segment_token_gram_norm,
 )
-from shared_kernels.ops.dp.noise import gaussian_step
+from shared_kernels.ops.dp.noise import gaussian_step, gaussian_steps
 
 __all__ = [
     "certified_norm",
     "clip_factors",
     "embedding_accumulate",
     "gaussian_step",
+    "gaussian_steps",
     "gram_error_bound",
     "segment_gram_clip",
     "segment_gram_norm",

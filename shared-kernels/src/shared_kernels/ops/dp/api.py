@@ -279,6 +279,7 @@ def segment_mm_clip(
     chunk: int | None = None,
     max_seqlen: int | None = None,
     equal: bool = False,
+    accumulate: bool = True,
     impl: str = "auto",
 ) -> Tensor:
     """Norms, `clip_factors` and the clipped sum in one pass over the units' gradients.
@@ -293,7 +294,7 @@ def segment_mm_clip(
         g: As ``a``, ``(N, p)``, the gradients of its outputs.
         cu_seqlens: int32 ``(U + 1,)``.
         threshold: C, positive; or a scalar tensor like ``out``, which is not checked.
-        out: float32 (float64 for float64) ``(p, d)`` with any strides; added to.
+        out: float32 (float64 for float64) ``(p, d)`` with any strides; added to, or written.
         bias_out: As ``out``, ``(p,)``: the bias's gradient, counted in the norm and added here.
         clipping: ``abadi`` or ``automatic``, see `clip_factors`.
         stability: Added to the norm by ``automatic``.
@@ -302,6 +303,8 @@ def segment_mm_clip(
         max_seqlen: Rows of the longest unit: where the units are not ``equal`` a GPU needs it, and
             leaves out rows beyond it.
         equal: Promise that all units have N / U rows.
+        accumulate: False writes over ``out``, which may be unwritten memory, instead of adding to
+            it: 4 p d bytes less read. ``bias_out`` is added to all the same.
         impl: ``auto``, ``triton`` or ``reference``.
 
     Returns:
@@ -332,6 +335,7 @@ def segment_mm_clip(
         chunk,
         max_seqlen,
         equal,
+        accumulate,
         impl,
     )
 

@@ -237,13 +237,13 @@ def _add_scaled(values: Tensor, scale: Tensor, out: Tensor) -> None:
     out += torch.where(scale[:, None] != 0, scale[:, None] * values, 0.0).sum(0)
 
 
-def _combine(products: Tensor, scale: Tensor, out: Tensor) -> None:
-    """Add ``sum_i scale_i products_i`` to ``out`` in one pass; a scale of 0 adds nothing."""
+def _combine(products: Tensor, scale: Tensor, out: Tensor, add: bool) -> None:
+    """Write ``sum_i scale_i products_i`` to ``out``, or add it; a scale of 0 adds nothing."""
     kernel = _kernels(products).combine_kernel
     count, p, d = products.shape
     block = {"BP": 16, "BD": 128}
     grid = (ceil_div(p, block["BP"]) * ceil_div(d, block["BD"]),)
-    kernel[grid](products, scale, out, count, p, d, *out.stride(), **block, num_warps=4)
+    kernel[grid](products, scale, out, count, p, d, *out.stride(), ADD=add, **block, num_warps=4)
 
 
 def mm_clip(
@@ -258,10 +258,13 @@ def mm_clip(
     chunk: int | None,
     max_seqlen: int | None,
     equal: bool,
+    accumulate: bool,
 ) -> Tensor:
     """See `reference.mm_clip`; a unit that breaks the promises about lengths has the norm NaN."""
     units, rows = cu_seqlens.shape[0] - 1, g.shape[0]
     if not out.numel() or not rows:
+        if not accumulate:
+            out.zero_()
         return g.new_zeros(units, dtype=torch.float32)
     length = rows // units if equal else max_seqlen
     if length is None:
@@ -282,7 +285,9 @@ def mm_clip(
                 slice(first, first + count),
                 slice(first * length, (first + count) * length),
             )
-            if depth is not None:
+            if depth is not None and count == units:
+                products, squares = wide.products(a, g, cu_seqlens, depth)
+            elif depth is not None:
                 bounds = torch.arange(
                     0, count * length + 1, length, dtype=torch.int32, device=g.device
                 )
@@ -299,7 +304,7 @@ def mm_clip(
             if biases is not None:
                 squares = torch.cat([squares, biases[some].square().sum(1, keepdim=True)], 1)
             factors = _factors(squares, cu_seqlens, threshold, n2, first, *options)
-            _combine(products, factors, out)
+            _combine(products, factors, out, accumulate or first > 0)
             if biases is not None and bias_out is not None:
                 _add_scaled(biases[some], factors, bias_out)
     return n2

@@ -66,7 +66,7 @@ scaled_mm_ = declare(
 mm_clip_ = declare(
     "segment_mm_clip_(Tensor a, Tensor g, Tensor cu_seqlens, Tensor threshold, Tensor(a!) out,"
     " Tensor(b!)? bias_out, str clipping, float stability, SymInt? chunk, SymInt? max_seqlen,"
-    " bool equal) -> Tensor",
+    " bool equal, bool accumulate) -> Tensor",
     implementations={"reference": reference.mm_clip, "triton": launch.mm_clip},
     fake=_fake_norms,
     unsupported=launch.unsupported,

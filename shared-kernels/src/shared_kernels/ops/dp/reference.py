@@ -298,8 +298,11 @@ def mm_clip(
     chunk: int | None,
     max_seqlen: int | None,
     equal: bool,
+    accumulate: bool,
 ) -> Tensor:
     """Form each unit's product, take its norm and factor, and add it: one unit at a time."""
+    if not accumulate:
+        out.zero_()
     n2 = g.new_zeros(cu_seqlens.shape[0] - 1, dtype=out.dtype)
     bounds = unit_bounds(cu_seqlens, g.shape[0])
     product = torch.empty_like(out, memory_format=torch.contiguous_format)

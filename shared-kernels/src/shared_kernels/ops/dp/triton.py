@@ -369,16 +369,19 @@ def certify_kernel(
 
 @triton.jit
 def combine_kernel(
-    product_ptr, scale_ptr, out_ptr, count, p, d, out_row, out_column, BP: tl.constexpr,
-    BD: tl.constexpr,
+    product_ptr, scale_ptr, out_ptr, count, p, d, out_row, out_column, ADD: tl.constexpr,
+    BP: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Add ``count`` contiguous (p, d) matrices, each times its scale, to one tile of the output."""
+    """Add up ``count`` contiguous (p, d) matrices, each times its scale, in one tile of the output.
+
+    With ``ADD`` the sum is added to the output, else written over it.
+    """
     tiles_d = (d + BD - 1) // BD
     rows = (tl.program_id(0) // tiles_d * BP + tl.arange(0, BP)).to(tl.int64)[:, None]
     columns = (tl.program_id(0) % tiles_d * BD + tl.arange(0, BD)).to(tl.int64)[None, :]
     mask = (rows < p) & (columns < d)
     out = out_ptr + rows * out_row + columns * out_column
-    total = tl.load(out, mask=mask, other=0.0)
+    total = tl.load(out, mask=mask, other=0.0) if ADD else tl.zeros((BP, BD), tl.float32)
     inside = rows * d + columns
     for index in range(count):
         scale = tl.load(scale_ptr + index)

@@ -1,5 +1,5 @@
 """The noise step of differential privacy: one pass from the clipped sum to the private mean."""
 
-from shared_kernels.ops.dp.noise.api import gaussian_step
+from shared_kernels.ops.dp.noise.api import gaussian_step, gaussian_steps
 
-__all__ = ["gaussian_step"]
+__all__ = ["gaussian_step", "gaussian_steps"]

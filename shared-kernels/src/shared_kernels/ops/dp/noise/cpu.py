@@ -53,7 +53,7 @@ def gaussian_step(
     divisor: float,
     start: int,
 ) -> None:
-    """Write the noised mean; arguments are those of the op (see `op.py`)."""
+    """Write one noised mean; arguments are those of the op (see `op.py`), for one parameter."""
     total = out if total is None else total
     to_grid, from_grid = scales(std, divisor) if std else (0.0, 0.0)
     first, last = start // SEGMENT, -(-(start + out.numel()) // SEGMENT)

@@ -1,7 +1,7 @@
 """Registration of the noise step."""
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,26 @@ from shared_kernels.random.op import signed_words
 CONFIGS = tuple({"num_warps": warps} for warps in (4, 8, 2))
 
 
+def _each(step_of: Callable[..., None]) -> Callable[..., None]:
+    """Return an implementation that takes the parameters one after the other."""
+
+    def run(
+        outs: Sequence[Tensor],
+        totals: Sequence[Tensor | None],
+        key: Tensor,
+        step: int,
+        uids: Sequence[int],
+        domain: int,
+        stds: Sequence[float],
+        divisor: float,
+        starts: Sequence[int],
+    ) -> None:
+        for out, total, uid, std, start in zip(outs, totals, uids, stds, starts, strict=True):
+            step_of(out, total, key, step, uid, domain, std, divisor, start)
+
+    return run
+
+
 def _numba(*args: Any) -> None:
     from shared_kernels.ops.dp.noise import cpu
 
@@ -29,60 +49,105 @@ def double_bits(value: float) -> int:
     return struct.unpack("<q", struct.pack("<d", value))[0]
 
 
+def _table(
+    outs: Sequence[Tensor],
+    totals: Sequence[Tensor | None],
+    uids: Sequence[int],
+    stds: Sequence[float],
+    divisor: float,
+    starts: Sequence[int],
+) -> tuple[Tensor, int]:
+    """Return what the kernel must know of each parameter, and how many programs it takes."""
+    rows, programs = [], 0
+    for out, total, uid, std, start in zip(outs, totals, uids, stds, starts, strict=True):
+        to_grid, from_grid = reference.scales(std, divisor) if std else (1.0, divisor)
+        first, last = start // SEGMENT, -(-(start + out.numel()) // SEGMENT)
+        source = out if total is None else total
+        # in the order of `triton.gaussian_steps_kernel`
+        rows.append(
+            [
+                programs,
+                source.data_ptr(),
+                out.data_ptr(),
+                out.numel(),
+                first,
+                start % SEGMENT,
+                signed_words(uid)[0],
+                double_bits(to_grid),
+                double_bits(from_grid),
+            ]
+        )
+        programs += last - first
+    device = outs[0].device
+    table = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return table.to(device, non_blocking=True), programs
+
+
 def _triton(
-    out: Tensor,
-    total: Tensor | None,
+    outs: Sequence[Tensor],
+    totals: Sequence[Tensor | None],
     key: Tensor,
     step: int,
-    uid: int,
+    uids: Sequence[int],
     domain: int,
-    std: float,
+    stds: Sequence[float],
     divisor: float,
-    start: int,
+    starts: Sequence[int],
 ) -> None:
     from shared_kernels.ops.dp.noise import triton as kernels
 
     # launch options are not part of the function's signature
-    kernel: Any = kernels.gaussian_step_kernel
-    first, last = start // SEGMENT, -(-(start + out.numel()) // SEGMENT)
-    to_grid, from_grid = reference.scales(std, divisor) if std else (1.0, divisor)
-    nonce = stream_nonce(step, uid, domain, 0)
+    kernel: Any = kernels.gaussian_steps_kernel
+    words = [signed_words(word)[0] for word in stream_nonce(step, 0, domain, 0)[:2]]
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for i, (out, total) in enumerate(zip(outs, totals, strict=True)):
+        source = out if total is None else total
+        alike.setdefault((source.dtype, out.dtype, stds[i] != 0), []).append(i)
 
-    def launch(config: Mapping[str, int], out: Tensor) -> None:
-        kernel[(last - first,)](
+    def launch(config: Mapping[str, int], outs: Sequence[Tensor], some: list[int]) -> None:
+        of = lambda values: [values[i] for i in some]  # noqa: E731
+        table, programs = _table(of(outs), of(totals), of(uids), of(stds), divisor, of(starts))
+        out, total = outs[some[0]], totals[some[0]]
+        kernel[(programs,)](
+            # these two for their dtypes
             out if total is None else total,
             out,
-            out.numel(),
-            first,
-            start % SEGMENT,
-            *(signed_words(word)[0] for word in nonce),
+            table,
+            len(some),
+            *words,
             *key.tolist(),
-            double_bits(to_grid),
-            double_bits(from_grid),
-            NOISE=std != 0,
+            BITS=len(some).bit_length(),
+            NOISE=stds[some[0]] != 0,
             enable_fp_fusion=False,
             **config,
         )
 
-    def trial(config: Mapping[str, int]) -> None:
-        # in place the total would change, so candidates are timed on a copy
-        launch(config, out.clone() if total is None else out)
+    with torch.cuda.device_of(outs[0]):
+        for (_, _, noise), some in alike.items():
 
-    with torch.cuda.device_of(out):
-        kind = "noise" if std else "divide"
-        launch(choose("dp_gaussian_step", kind, CONFIGS, trial), out)
+            def trial(config: Mapping[str, int], some: list[int] = some) -> None:
+                # in place the totals would change, so candidates are timed on copies
+                pairs = enumerate(zip(outs, totals, strict=True))
+                launch(
+                    config,
+                    [o.clone() if t is None and i in some else o for i, (o, t) in pairs],
+                    some,
+                )
+
+            kind = "noise" if noise else "divide"
+            launch(choose("dp_gaussian_step", kind, CONFIGS, trial), outs, some)
 
 
 def _fake(*args: Any) -> None:
     return None
 
 
-gaussian_step_ = declare(
-    "dp_gaussian_step_(Tensor(a!) out, Tensor? total, Tensor key, SymInt step, SymInt uid,"
-    " SymInt domain, float std, float divisor, SymInt start) -> ()",
+gaussian_steps_ = declare(
+    "dp_gaussian_steps_(Tensor(a!)[] outs, Tensor?[] totals, Tensor key, SymInt step,"
+    " SymInt[] uids, SymInt domain, float[] stds, float divisor, SymInt[] starts) -> ()",
     implementations={
-        "reference": reference.gaussian_step,
-        "numba": _numba,
+        "reference": _each(reference.gaussian_step),
+        "numba": _each(_numba),
         "triton": _triton,
     },
     fake=_fake,

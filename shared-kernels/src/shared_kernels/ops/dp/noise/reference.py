@@ -45,7 +45,7 @@ def gaussian_step(
     divisor: float,
     start: int,
 ) -> None:
-    """Write the noised mean; arguments are those of the op (see `op.py`)."""
+    """Write one noised mean; arguments are those of the op (see `op.py`), for one parameter."""
     total = out if total is None else total
     for low in range(0, out.numel(), _CHUNK):
         chunk = slice(low, low + _CHUNK)

@@ -7,6 +7,7 @@ from shared_kernels.ops.dp.noise import constants as k
 from shared_kernels.random.chacha.triton import normal_segment
 
 _GRID = tl.constexpr(k.GRID)
+_COLUMNS = tl.constexpr(9)
 
 
 @triton.jit
@@ -21,29 +22,28 @@ def _lane(total_ptr, out_ptr, element, numel, z, to_grid, from_grid, NOISE: tl.c
         tl.store(out_ptr + element, value.to(tl.float32).to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _row_of(table_ptr, count, program, BITS: tl.constexpr):
+    """Return where the row begins whose programs hold ``program``."""
+    low = tl.zeros((), tl.int32)
+    high = low + count
+    for _ in range(BITS):
+        middle = (low + high) // 2
+        inside = tl.load(table_ptr + middle * _COLUMNS, mask=middle < count, other=0) <= program
+        low = tl.where((middle < high) & inside, middle, low)
+        high = tl.where((middle < high) & ~inside, middle, high)
+    return table_ptr + low * _COLUMNS
+
+
 # an argument that happens to be 1 would otherwise become a compile-time constant without .to()
-@triton.jit(
-    do_not_specialize=[
-        "numel",
-        "first_segment",
-        "skip",
-        "n0",
-        "n1",
-        "n2",
-        "to_grid",
-        "from_grid",
-        *(f"k{i}" for i in range(8)),
-    ]
-)
-def gaussian_step_kernel(
+@triton.jit(do_not_specialize=["count", "n0", "n1", *(f"k{i}" for i in range(8))])
+def gaussian_steps_kernel(
     total_ptr,
     out_ptr,
-    numel,
-    first_segment,
-    skip,
+    table_ptr,
+    count,
     n0,
     n1,
-    n2,
     k0,
     k1,
     k2,
@@ -52,25 +52,35 @@ def gaussian_step_kernel(
     k5,
     k6,
     k7,
-    to_grid,
-    from_grid,
+    BITS: tl.constexpr,
     NOISE: tl.constexpr,
 ):
-    """Noise the stream elements ``first_segment * 2048 + skip ..``.
+    """Noise one segment of one of ``count`` parameters.
 
-    ``to_grid`` and ``from_grid`` are bit patterns of float64, because numbers are passed as
-    float32; without NOISE, ``from_grid`` is the divisor. ``total_ptr`` may be ``out_ptr``.
+    ``total_ptr`` and ``out_ptr`` give the types of pointers only. A row of the table, int64
+    ``(count, 9)``, holds: the parameter's first program, the addresses of total and result (which
+    may be equal), their elements, the segment of the first element and its place in it, the third
+    word of the nonce, and the bit patterns of ``to_grid`` and ``from_grid``; without NOISE,
+    ``from_grid`` is the divisor.
     """
     program = tl.program_id(0).to(tl.int64)
-    to_grid = to_grid.to(tl.float64, bitcast=True)
-    from_grid = from_grid.to(tl.float64, bitcast=True)
+    row = _row_of(table_ptr, count, program, BITS)
+    program -= tl.load(row)
+    total_ptr = tl.load(row + 1).to(total_ptr.dtype)
+    out_ptr = tl.load(row + 2).to(out_ptr.dtype)
+    numel = tl.load(row + 3)
+    first_segment = tl.load(row + 4)
+    skip = tl.load(row + 5)
+    n2 = tl.load(row + 6).to(tl.uint32)
+    to_grid = tl.load(row + 7).to(tl.float64, bitcast=True)
+    from_grid = tl.load(row + 8).to(tl.float64, bitcast=True)
     element = program * 2048 + tl.arange(0, 256) - skip
     if NOISE:
         z0, z1, z2, z3, z4, z5, z6, z7 = normal_segment(
-            first_segment.to(tl.int64) + program,
+            first_segment + program,
             n0.to(tl.uint32, bitcast=True),
             n1.to(tl.uint32, bitcast=True),
-            n2.to(tl.uint32, bitcast=True),
+            n2,
             k0.to(tl.uint32, bitcast=True),
             k1.to(tl.uint32, bitcast=True),
             k2.to(tl.uint32, bitcast=True),
