@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from flashdp import attach
 from torch import nn
 
@@ -35,3 +36,20 @@ def test_a_changed_forward_is_probed_by_itself(probes):
     issues = attach.find_issues(model)
     assert probes == list(model)
     assert [issue.name for issue in issues] == ["1"]
+
+
+def test_what_is_sharded_otherwise_is_refused():
+    """Stand-ins: a parameter that is offloaded needs a GPU to be made."""
+    from types import SimpleNamespace
+
+    from flashdp.sharding import trouble
+    from torch.distributed.tensor import Replicate, Shard
+
+    def param(placements, device="cpu", used="cpu"):
+        mesh = SimpleNamespace(device_type=used)
+        return SimpleNamespace(placements=placements, device=torch.device(device), device_mesh=mesh)
+
+    assert trouble(param([Shard(0)])) is None
+    assert trouble(param([Replicate(), Shard(0)])) is None
+    assert "Shard(dim=1)" in trouble(param([Shard(1)]))
+    assert "used on cuda (CPUOffloadPolicy)" in trouble(param([Shard(0)], used="cuda"))

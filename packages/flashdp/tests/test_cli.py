@@ -151,6 +151,24 @@ def test_plan(configuration, capsys):
     assert "Estimates" in out
 
 
+def test_adapters_are_checked_and_planned(configuration, capsys):
+    lora = ("--lora-rank", 4, "--json")
+    found = json.loads(run(capsys, "check", configuration, *lora)[1])
+    assert found["passed"] is True
+    assert {layer["rule"] for layer in found["layers"]} == {"matrix"}
+    assert all(".lora_" in layer["name"] for layer in found["layers"])
+    assert found["frozen"] > found["parameters"]
+    args = ("plan", configuration, "--tokens", 128, "--batch", 4)
+    planned, whole = (json.loads(run(capsys, *args, *more)[1]) for more in (lora, ["--json"]))
+    assert planned["parameters"] == found["parameters"]
+    assert planned["sums"] < whole["sums"]
+    assert 0 < planned["frozen_flops"] < planned["flops"]
+    assert whole["frozen_flops"] == 0
+    assert 1 < planned["slowdown"] < whole["slowdown"]
+    status, _, error = run(capsys, "check", configuration, "--lora-rank", 0)
+    assert (status, "expected at least 1, got 0" in error) == (2, True)
+
+
 AUDIT = ("audit", "--noise-multiplier", 1, "--delta", "1e-5", "--seed", 3)
 
 
@@ -226,8 +244,8 @@ def test_the_flags_are_these(capsys):
         "calibrate": shared | {"--epsilon"},
         "epsilon": shared | {"--noise-multiplier"},
         "report": {"--run-dir", "--json"},
-        "check": {"--model", "--fallback", "--json"},
-        "plan": {"--model", "--tokens", "--batch", "--device", "--json"},
+        "check": {"--model", "--lora-rank", "--fallback", "--json"},
+        "plan": {"--model", "--tokens", "--batch", "--lora-rank", "--device", "--json"},
         "audit": {
             "--noise-multiplier",
             "--delta",

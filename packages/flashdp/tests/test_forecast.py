@@ -14,10 +14,12 @@ def matrices():
     return nn.Sequential(nn.Linear(24, 40, bias=False), nn.Linear(40, 8, bias=False))
 
 
-def test_flops_of_an_ordinary_step_are_those_that_torch_counts():
+@pytest.mark.parametrize("frozen", [False, True])
+def test_flops_of_an_ordinary_step_are_those_that_torch_counts(frozen):
     from torch.utils.flop_counter import FlopCounterMode
 
     model = matrices()
+    model[0].requires_grad_(not frozen)
     x = torch.randn(UNITS, TOKENS, 24, requires_grad=True)
     with FlopCounterMode(display=False) as counter:
         model(x).sum().backward()

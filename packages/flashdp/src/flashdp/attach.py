@@ -117,7 +117,7 @@ def _sharding_issue(module: nn.Module, name: str, own: list[str]) -> Issue | Non
     for local in own:
         param: Any = module._parameters[local]
         if is_sharded(param) and (why := trouble(param)):
-            remedy = "shard the model by torch.distributed.fsdp.fully_shard alone"
+            remedy = "shard the model by torch.distributed.fsdp.fully_shard alone, without offload"
             return Issue(f"{name}.{local}" if name else local, why, remedy)
     return None
 
@@ -252,34 +252,49 @@ def _probe(module: nn.Module, rule: Rule, own: list[str]) -> str | None:
         x.requires_grad_(True)
     try:
         plain = _gradients(twin, x, own)
+        first = _gradients(twin, x, own, rows=1) if rule.copies else {}
         layer = PrivateLayer("probe", twin, {n: n for n in own}, rule.name)
         layer.parts = [Part(layer, tuple(own))]
         collector = Collector([layer], [Group(0, "probe", layer.parts)])
         collector.thresholds = torch.tensor([torch.inf])
         take_over([(layer, rule)], collector)
         collector.begin(Units.one_per_row(len(x), x.device))
-        private = _gradients(twin, x, own)
+        private, sums = _gradients(twin, x, own), collector.take()
+        if rule.copies:
+            # The others are padding now: what is left must be what the first row alone gives.
+            mask = torch.arange(len(x)) < 1
+            collector.begin(Units.one_per_row(len(x), x.device, mask))
+            _gradients(twin, x, own)
+        alone = collector.take()
     except PrivacyError:
         raise
     except Exception as error:
         return f"{type(error).__name__}: {error}"
-    sums = {n: collector.sums.get(layer.parameter(n)) for n in own}
     if not torch.allclose(private["y"], plain["y"], rtol=1e-4, atol=1e-5):
         return "outputs differ"
     if "x" in plain and not torch.allclose(private["x"], plain["x"], rtol=1e-4, atol=1e-5):
         return "input gradients differ"
-    for local in own:
-        got = sums[local]
-        if got is None or not torch.allclose(got, plain[local], rtol=1e-3, atol=1e-4):
-            return f"gradients of {local} differ"
+    pairs = [(sums, plain, "gradients of {} differ")]
+    if rule.copies:
+        pairs.append((alone, first, "a row's own gradients of {} differ"))
+    for found, expected, what in pairs:
+        for local in own:
+            got = found.get(layer.parameter(local))
+            if got is None or not torch.allclose(got, expected[local], rtol=1e-3, atol=1e-4):
+                return what.format(local)
     return None
 
 
-def _gradients(module: nn.Module, x: torch.Tensor, own: list[str]) -> dict[str, Any]:
+def _gradients(
+    module: nn.Module, x: torch.Tensor, own: list[str], *, rows: int | None = None
+) -> dict[str, Any]:
+    """Return the output and its gradients for random weights, of the first ``rows`` only."""
     x.grad = None
     with torch.enable_grad():
         y = module(x)
     weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
+    if rows is not None:
+        weights[rows:] = 0
     torch.autograd.backward(y, weights)
     found: dict[str, Any] = {"y": y.detach()}
     if x.grad is not None:

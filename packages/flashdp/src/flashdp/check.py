@@ -110,17 +110,21 @@ def check_model(model: nn.Module, *, fallback: bool = False) -> CheckResult:
     )
 
 
-def outline(source: str) -> nn.Module:
+def outline(source: str, *, lora_rank: int | None = None) -> nn.Module:
     """Return a causal language model of transformers without its weights, on the meta device.
 
     Args:
         source: A folder with a ``config.json``, such a file, or a name on the Hugging Face hub,
             of which only the configuration is read.
+        lora_rank: Freeze it, and give every matrix but the head a LoRA adapter of this rank.
 
     Raises:
-        ImportError: transformers is not installed.
-        ValueError: There is no configuration there, or it is not one of a causal language model.
+        ImportError: transformers is not installed, or peft, where an adapter is asked for.
+        ValueError: There is no configuration there, or it is not one of a causal language model;
+            or the rank is below 1.
     """
+    if lora_rank is not None and lora_rank < 1:
+        raise ValueError(f"lora_rank: expected at least 1, got {lora_rank}")
     try:
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError as error:
@@ -130,7 +134,7 @@ def outline(source: str) -> nn.Module:
     try:
         config = AutoConfig.from_pretrained(source)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         hint = "" if Path(source).exists() else "; there is no such file or folder either"
@@ -138,6 +142,16 @@ def outline(source: str) -> nn.Module:
             f"MODEL: expected the configuration of a causal language model at {source!r}: "
             f"{reason}{hint}"
         ) from error
+    return model if lora_rank is None else _adapted(model, lora_rank)
+
+
+def _adapted(model: Any, rank: int) -> nn.Module:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError("adapters are made by peft: pip install 'flashdp[peft]'") from error
+    with torch.device("meta"):
+        return get_peft_model(model, LoraConfig(r=rank, target_modules="all-linear"))
 
 
 def _owners(model: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str, nn.Parameter]]]:

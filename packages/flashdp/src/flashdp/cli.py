@@ -98,19 +98,26 @@ def epsilon(
 
 
 @app.command
-def check(model: str, *, fallback: FallbackFlag = False, json_output: JsonFlag = False) -> int:
+def check(
+    model: str,
+    *,
+    lora_rank: int | None = None,
+    fallback: FallbackFlag = False,
+    json_output: JsonFlag = False,
+) -> int:
     """Say whether a model can be trained privately, and which rule covers each layer.
 
     Only the configuration is read; the exit status is 1 if something is refused.
 
     Args:
         model: Folder with a config.json, such a file, or a name on the Hugging Face hub.
+        lora_rank: Train LoRA adapters of this rank on every matrix but the head, nothing else.
         fallback: Allow one gradient per row where no rule fits.
         json_output: Print JSON.
     """
     from flashdp.check import check_model, outline
 
-    found = check_model(outline(model), fallback=fallback)
+    found = check_model(outline(model, lora_rank=lora_rank), fallback=fallback)
     if json_output:
         _print_json({"model": model, **found.to_dict()})
         return 0 if found.passed else 1
@@ -136,6 +143,7 @@ def plan(
     *,
     tokens: int,
     batch: int,
+    lora_rank: int | None = None,
     device: Literal["cpu", "cuda"] = "cpu",
     json_output: JsonFlag = False,
 ) -> int:
@@ -143,19 +151,22 @@ def plan(
 
     Numbers are counted, not measured: FLOPs of the layers' products beside an ordinary step's,
     bytes moved and held beyond those of weights and activations, and the time that these take at
-    the device's rates, relative to an ordinary step. All parameters are trained, clipped by module.
+    the device's rates, relative to an ordinary step. All parameters are trained, or adapters only,
+    clipped by module.
 
     Args:
         model: Folder with a config.json, such a file, or a name on the Hugging Face hub.
         tokens: Of each row.
         batch: Rows of a physical batch, a privacy unit each.
+        lora_rank: Train LoRA adapters of this rank on every matrix but the head, nothing else.
         device: Whose rates decide: a typical CPU's, or this GPU's, measured.
         json_output: Print JSON.
     """
     from flashdp.check import outline
     from flashdp.forecast import forecast
 
-    found = forecast(outline(model), units=batch, tokens=tokens, device=device)
+    outlined = outline(model, lora_rank=lora_rank)
+    found = forecast(outlined, units=batch, tokens=tokens, device=device)
     if json_output:
         return _print_json({"model": model, **found.to_dict()})
     _print_table(

@@ -56,7 +56,8 @@ class Forecast:
         units: Units of the physical batch.
         tokens: Of each.
         device: Whose rates chose the strategies.
-        layers: Every kind of layer.
+        layers: Every kind of layer that is trained.
+        frozen_flops: Of an ordinary step in frozen matrices: forward, and backward to their inputs.
         parameters: Trainable parameters.
         sums: Bytes of the float32 sums that stand in for gradients.
         workspace: Bytes of the largest layer's workspace; layers take turns.
@@ -67,6 +68,7 @@ class Forecast:
     tokens: int
     device: str
     layers: tuple[LayerForecast, ...]
+    frozen_flops: int
     parameters: int
     sums: int
     workspace: int
@@ -75,7 +77,7 @@ class Forecast:
     @property
     def flops(self) -> int:
         """Of an ordinary step, attention's own products left out."""
-        return sum(layer.flops for layer in self.layers)
+        return self.frozen_flops + sum(layer.flops for layer in self.layers)
 
     @property
     def extra_flops(self) -> int:
@@ -91,7 +93,7 @@ class Forecast:
     def slowdown(self) -> float:
         """Time of all layers' products over an ordinary step's, at the device's rates."""
         times = sum(layer.slowdown * layer.flops for layer in self.layers)
-        return times / self.flops if self.flops else 1.0
+        return (self.frozen_flops + times) / self.flops if self.flops else 1.0
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""
@@ -146,10 +148,20 @@ def forecast(
         tokens=tokens,
         device=device,
         layers=layers,
+        frozen_flops=4 * units * tokens * _frozen_matrices(model),
         parameters=checked.parameters,
         sums=_FLOAT32 * checked.parameters,
         workspace=max((layer.workspace for layer in layers), default=0),
         per_sample=_FLOAT32 * checked.parameters * units,
+    )
+
+
+def _frozen_matrices(model: nn.Module) -> int:
+    """Number of weights in linear layers that are not trained."""
+    return sum(
+        module.weight.numel()
+        for module in model.modules()
+        if isinstance(module, nn.Linear) and not module.weight.requires_grad
     )
 
 

@@ -40,6 +40,11 @@ def unsharded_type(module: nn.Module) -> type[nn.Module]:
 def trouble(param: Any) -> str | None:
     """Say why a sharded parameter cannot be trained privately; None if it can."""
     split = [p for p in param.placements if not p.is_replicate()]
+    if param.device.type != param.device_mesh.device_type:
+        return (
+            f"it lies on the {param.device.type} and is used on {param.device_mesh.device_type} "
+            "(CPUOffloadPolicy): sums are kept where layers compute"
+        )
     if len(split) == 1 and split[0].is_shard(0):
         return None
     return (

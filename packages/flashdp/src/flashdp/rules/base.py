@@ -35,6 +35,8 @@ class Rule:
             arithmetic, so that a subclass's own additions still run.
         probe: Makes an input for the attach-time comparison with autograd: two rows of three
             tokens where the module takes tokens.
+        copies: Whether its forward works on copies of the parameters, one per row: that each row
+            uses its own is then compared as well.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Rule:
     mixin: type
     probe: Callable[[nn.Module, torch.Generator], Tensor]
     unsupported: Callable[[nn.Module], str | None] = lambda module: None
+    copies: bool = False
 
 
 _RULES: list[Rule] = []
@@ -91,6 +94,7 @@ def register_dp_rule(
             lambda module: _plain_type(module) is module_type,
             user_mixin(forward),
             probe,
+            copies=True,
         )
     )
 

@@ -209,14 +209,11 @@ def _is_broadcast(module: nn.Module) -> bool:
     )
 
 
-register(Rule("broadcast norm", _is_broadcast, PrivateBroadcast, _hidden))
-register(Rule("norm", lambda m: isinstance(m, nn.LayerNorm), PrivateLayerNorm, _hidden))
-register(Rule("norm", lambda m: isinstance(m, nn.RMSNorm), PrivateRMSNorm, _hidden))
-register(
-    Rule(
-        "norm",
-        lambda m: isinstance(m, nn.GroupNorm),
-        PrivateGroupNorm,
-        _channels,
-    )
-)
+def _add(name: str, matches: Any, mixin: type, probe: Any = _hidden) -> None:
+    register(Rule(name, matches, mixin, probe, copies=True))
+
+
+_add("broadcast norm", _is_broadcast, PrivateBroadcast)
+_add("norm", lambda m: isinstance(m, nn.LayerNorm), PrivateLayerNorm)
+_add("norm", lambda m: isinstance(m, nn.RMSNorm), PrivateRMSNorm)
+_add("norm", lambda m: isinstance(m, nn.GroupNorm), PrivateGroupNorm, _channels)
