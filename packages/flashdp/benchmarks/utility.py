@@ -188,11 +188,19 @@ def make_facts(study: Study) -> Facts:
 # -- one training --------------------------------------------------------------------------------
 
 
-def train(model_folder: str, device: str, study: Study, run: Run) -> Outcome:
+def noise_of(study: Study, epsilon: float | None) -> float:
+    """Return the noise multiplier of a run."""
+    from flashdp.accounting import calibrate
+
+    if epsilon is None:
+        return 0.0
+    return calibrate(epsilon, study.delta, sample_rate=study.batch / study.units, steps=study.steps)
+
+
+def train(model_folder: str, device: str, study: Study, run: Run, sigma: float) -> Outcome:
     """Fine-tune adapters, and measure."""
     import torch
     from flashdp import AdaptiveThresholds, PrivacyEngine, per_sample_loss, poisson_data_loader
-    from flashdp.accounting import calibrate
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -237,14 +245,10 @@ def train(model_folder: str, device: str, study: Study, run: Run) -> Outcome:
         return float(losses(texts, "sum").double().sum()) / tokens
 
     private = run.epsilon is not None
-    sample_rate = study.batch / study.units
-    sigma = 0.0
-    if private:
-        sigma = calibrate(run.epsilon, study.delta, sample_rate=sample_rate, steps=study.steps)
     loader = poisson_data_loader(
         encode(facts.train),
         num_steps=study.steps,
-        sample_rate=sample_rate,
+        sample_rate=study.batch / study.units,
         secure_rng=False,
         seed=study.seed,
         collate_fn=collate,
@@ -345,10 +349,14 @@ def run_study(model: str, device: str, study: Study, path: Path, jobs: int) -> l
         before, outcomes, _ = load(path)
         if before != study:
             raise SystemExit(f"{path.name} is of another study: give another --out")
+    sigmas = {epsilon: noise_of(study, epsilon) for epsilon in (None, *study.epsilons)}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context) as pool:
         while runs := to_do(study, outcomes):
-            for future in as_completed(pool.submit(train, model, device, study, r) for r in runs):
+            futures = [
+                pool.submit(train, model, device, study, run, sigmas[run.epsilon]) for run in runs
+            ]
+            for future in as_completed(futures):
                 outcomes.append(found := future.result())
                 save(path, study, outcomes)
                 print(
