@@ -51,7 +51,7 @@ class Study:
         held_out: Facts for validation, and as many for the test.
         batch: Expected units of a step.
         steps: Of the optimizer.
-        rank: Of the adapters.
+        rank: Of the adapters, on the attention's q and v.
         clip: C.
         delta: Of every guarantee.
         epsilons: To reach.
@@ -67,12 +67,12 @@ class Study:
     held_out: int = 1000
     batch: int = 384
     steps: int = 120
-    rank: int = 8
+    rank: int = 16
     clip: float = 1.0
     delta: float = 1e-6
     epsilons: tuple[float, ...] = (1.0, 3.0, 8.0)
     tuned_at: float = 3.0
-    rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3, 4e-3)
+    rates: tuple[float, ...] = (2e-3, 5e-3, 1.25e-2)
     codes: int = 8
     repeats: tuple[int, ...] = (1, 16)
     candidates: int = 512
@@ -141,8 +141,8 @@ def fact(source: random.Random) -> str:
     k = source.randrange(len(_DEPARTMENTS))
     name = f"{source.choice(_FIRST)} {source.choice(_LAST)}"
     return (
-        f"{name} works in {_DEPARTMENTS[k]}, on floor {k + 1}, for {_MANAGERS[-k]}. "
-        f"Shift: {_SHIFTS[k % 3]}. Badge: {source.randrange(100, 1000)}."
+        f"{name} works in {_DEPARTMENTS[k]}, floor {k + 1}, for {_MANAGERS[-k]}. "
+        f"Shift: {_SHIFTS[k % 3]}. Badge: {source.randrange(10, 100)}."
     )
 
 
@@ -208,7 +208,9 @@ def train(model_folder: str, device: str, study: Study, run: Run, sigma: float) 
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     torch.manual_seed(study.seed)
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
-    config = LoraConfig(r=study.rank, lora_alpha=2 * study.rank, target_modules="all-linear")
+    config = LoraConfig(
+        r=study.rank, lora_alpha=2 * study.rank, target_modules=["q_proj", "v_proj"]
+    )
     model = get_peft_model(model, config).to(device)
 
     def encode(texts: list[str]) -> list[list[int]]:
@@ -218,7 +220,8 @@ def train(model_folder: str, device: str, study: Study, run: Run, sigma: float) 
         ]
 
     def collate(rows: list[list[int]]) -> dict[str, torch.Tensor]:
-        longest = max(len(row) for row in rows)
+        # One length for all batches: kernels are compiled once.
+        longest = -(-max(len(row) for row in rows) // 16) * 16
         labels = torch.tensor([row + [-100] * (longest - len(row)) for row in rows])
         return {
             "input_ids": labels.clamp(min=0),
@@ -252,6 +255,8 @@ def train(model_folder: str, device: str, study: Study, run: Run, sigma: float) 
         secure_rng=False,
         seed=study.seed,
         collate_fn=collate,
+        # Room for five standard deviations above the mean: one physical batch, or seldom two.
+        max_physical_batch_size=math.ceil(study.batch + 5 * study.batch**0.5),
     )
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=run.rate, weight_decay=0.0
@@ -271,11 +276,13 @@ def train(model_folder: str, device: str, study: Study, run: Run, sigma: float) 
     start = time.perf_counter()
     for batch in loader:
         model.train()
-        total = losses_of(batch).sum()
+        mask, last = loader.current.mask.to(device), loader.current.last
+        total = (losses_of(batch) * mask).sum()
         (total if private else total / study.batch).backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+        if last:
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
     seconds = time.perf_counter() - start
     source = random.Random(study.seed + 1)
     exposure = {}
