@@ -105,6 +105,27 @@ def test_a_constant_number_of_physical_batches():
     assert mechanism.dataset_size == N
 
 
+def test_processes_share_the_rows_and_what_is_expected_of_a_step():
+    loaders = [
+        poisson_data_loader(
+            list(range(40)), num_steps=3, expected_batch_size=20, public_n="dataset",
+            max_physical_batch_size=6, physical_batches_per_step=3, shard=shard, num_shards=2,
+        )
+        for shard in range(2)
+    ]  # fmt: skip
+    for shard, loader in enumerate(loaders):
+        assert (loader.n_units, loader.sample_rate, len(loader)) == (40, 0.5, 9)
+        assert loader.mechanism(1.0).truncated_batch_size == 18
+        for batch in loader:
+            drawn = batch[loader.current.mask].tolist()
+            assert all(row % 2 == shard for row in drawn)
+    with pytest.raises(ValueError, match="room for 6 units and 10 are expected"):
+        poisson_data_loader(
+            list(range(40)), num_steps=3, expected_batch_size=20, public_n="dataset",
+            max_physical_batch_size=6, physical_batches_per_step=1, shard=0, num_shards=2,
+        )  # fmt: skip
+
+
 def test_the_length_of_a_random_number_of_batches_is_not_made_up():
     with pytest.raises(TypeError, match=r"random.*num_steps.*physical_batches_per_step"):
         len(make())

@@ -2,9 +2,11 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from flashdp.accounting import Accountant
 from flashdp.sampling import PoissonSampler, group_rows, physical_batches
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -107,6 +109,42 @@ def test_the_mechanism_says_how_it_was_drawn():
 
 
 # -- rows of users ---------------------------------------------------------------------------------
+
+
+def test_shards_draw_from_their_own_units_and_together_from_all():
+    drawn = [
+        PoissonSampler(11, 0.6, 40, secure=False, seed=3, shard=s, num_shards=3) for s in range(3)
+    ]
+    seen = [np.concatenate(list(sampler)) for sampler in drawn]
+    for shard, units in enumerate(seen):
+        assert set(units) == set(range(shard, 11, 3))
+    # Streams of their own: equal places of two shards are not drawn at equal steps.
+    places = [[tuple((units - s) // 3) for units in drawn[s]] for s in range(2)]
+    assert places[0] != places[1]
+    rate = len(np.concatenate(seen)) / (11 * 40)
+    assert abs(rate - 0.6) < 4 * (0.6 * 0.4 / 440) ** 0.5
+
+
+def test_a_capped_shard_is_accounted_as_the_largest():
+    """A larger one is cut more often, which costs more."""
+    made = [PoissonSampler(11, 0.3, 5, max_batch_size=3, shard=s, num_shards=2) for s in range(2)]
+    found = [sampler.mechanism(1.0) for sampler in made]
+    assert found[0] == found[1]
+    assert found[0].dataset_size == 6
+    epsilons = []
+    for size in (5, 6):
+        accountant = Accountant("pld")
+        accountant.step(replace(found[0], dataset_size=size))
+        epsilons.append(accountant.epsilon(1e-5))
+    assert epsilons[0] < epsilons[1]
+    free = PoissonSampler(11, 0.3, 5, shard=1, num_shards=2).mechanism(1.0)
+    assert free == PoissonSampler(11, 0.3, 5).mechanism(1.0)
+
+
+@pytest.mark.parametrize(("shard", "count"), [(2, 2), (-1, 2), (0, 12)])
+def test_shards_that_do_not_exist_are_refused(shard, count):
+    with pytest.raises(ValueError, match="shard"):
+        PoissonSampler(11, 0.3, 5, shard=shard, num_shards=count)
 
 
 def test_rows_are_grouped_by_first_appearance():

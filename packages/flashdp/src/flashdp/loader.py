@@ -219,6 +219,8 @@ def poisson_data_loader(
     secure_rng: bool = True,
     seed: int | None = None,
     annotate: bool = False,
+    shard: int = 0,
+    num_shards: int = 1,
     collate_fn: Callable | None = None,
     num_workers: int = 0,
     **loader_options: Any,
@@ -237,7 +239,8 @@ def poisson_data_loader(
             computes a draw at once, whatever its size.
         physical_batches_per_step: Makes the number of batches the same for all steps. Draws that
             do not fit are cut, and accounted as truncated.
-        max_batch_size: Cut draws of more units to a random subset, accounted as truncated.
+        max_batch_size: Cut draws of more units to a random subset, accounted as truncated; of
+            several shards each its own.
         unit_ids: Whose row it is, for every row, or the name of a column that says so: the units
             are users then, and a drawn user brings all rows.
         max_rows_per_unit: A user brings at most so many, chosen at random in each step.
@@ -245,6 +248,9 @@ def poisson_data_loader(
         seed: For repeatable draws, with ``secure_rng=False``.
         annotate: Put ``dp_mask``, ``dp_rows``, ``dp_last`` and ``dp_batch``, a number of its own,
             into the batches, which have to be dicts.
+        shard: Number of this process: draw from every ``num_shards``-th unit only, from this one
+            on. All processes need the same data, in the same order, and other arguments.
+        num_shards: Number of processes.
         collate_fn: As for ``torch.utils.data.DataLoader``.
         num_workers: As there.
         **loader_options: As there; what is said about batches and their order is refused.
@@ -286,10 +292,11 @@ def poisson_data_loader(
         1 if unit_rows is None else max_rows_per_unit,
     )
     if cap is not None:
-        _check_cap(cap, known, n_units, rate)
+        _check_cap(cap, known, n_units, rate, num_shards)
     sampler = PoissonSampler(
-        n_units, rate, num_steps, secure=secure_rng, seed=seed, max_batch_size=cap
-    )
+        n_units, rate, num_steps, secure=secure_rng, seed=seed, max_batch_size=cap, shard=shard,
+        num_shards=num_shards,
+    )  # fmt: skip
     return PoissonDataLoader(
         dataset,
         sampler,
@@ -441,7 +448,7 @@ def _cap(
     return fits if given is None else min(given, fits)
 
 
-def _check_cap(cap: int, public_n: int | None, n_units: int, rate: float) -> None:
+def _check_cap(cap: int, public_n: int | None, n_units: int, rate: float, num_shards: int) -> None:
     if public_n is None:
         raise ValueError(
             f"a cap of {cap} units per step is accounted with the number of units: give "
@@ -452,9 +459,10 @@ def _check_cap(cap: int, public_n: int | None, n_units: int, rate: float) -> Non
             f"a cap on draws is accounted with the true number of units: public_n={public_n}, the "
             f"data set has {n_units}"
         )
-    if cap < rate * n_units:
+    expected = rate * n_units / num_shards
+    if cap < expected:
         raise ValueError(
-            f"a step has room for {cap} units and {rate * n_units:g} are expected: most draws "
+            f"a step has room for {cap} units and {expected:g} are expected: most draws "
             "would be cut; allow more or larger physical batches, or lower the sample rate"
         )
 

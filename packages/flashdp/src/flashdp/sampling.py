@@ -57,6 +57,9 @@ class PoissonSampler:
         seed: For repeatable draws, with ``secure=False``: a draw is then a function of seed and
             step, from Philox.
         max_batch_size: Cap of a draw: a larger one is cut to a uniformly chosen subset.
+        shard: Draw from every ``num_shards``-th unit only, from this one on. Draws of all shards
+            together are draws from all units, but for the cap, which is each shard's own.
+        num_shards: Number of shards.
     """
 
     def __init__(
@@ -68,6 +71,8 @@ class PoissonSampler:
         secure: bool = True,
         seed: int | None = None,
         max_batch_size: int | None = None,
+        shard: int = 0,
+        num_shards: int = 1,
     ) -> None:
         check_whole("n_units", n_units)
         check_rate("sample_rate", sample_rate)
@@ -75,6 +80,13 @@ class PoissonSampler:
         check_seed(seed, secure=secure)
         if max_batch_size is not None:
             check_whole("max_batch_size", max_batch_size)
+        check_whole("num_shards", num_shards)
+        if not 0 <= shard < num_shards:
+            raise ValueError(f"shard: expected 0 to {num_shards - 1}, got {shard}")
+        if n_units < num_shards:
+            raise ValueError(f"{n_units} units cannot be shared by {num_shards} shards")
+        self.shard = shard
+        self.num_shards = num_shards
         self.n_units = n_units
         self.sample_rate = float(sample_rate)
         self.steps = steps
@@ -101,17 +113,26 @@ class PoissonSampler:
         words = self._words(step, 0)
         threshold = int(self.sample_rate * 2.0**64)
         if threshold >= 2**64:
-            drawn = np.arange(self.n_units)
+            drawn = np.arange(self._own_units)
         else:
             drawn = np.concatenate(
                 [
-                    start + np.flatnonzero(words(min(_CHUNK, self.n_units - start)) < threshold)
-                    for start in range(0, self.n_units, _CHUNK)
+                    start + np.flatnonzero(words(min(_CHUNK, self._own_units - start)) < threshold)
+                    for start in range(0, self._own_units, _CHUNK)
                 ]
             )
         if self.max_batch_size is not None:
             drawn = _subset(drawn, self.max_batch_size, words)
-        return drawn.astype(np.int64)
+        return self.shard + self.num_shards * drawn.astype(np.int64)
+
+    @property
+    def _own_units(self) -> int:
+        return len(range(self.shard, self.n_units, self.num_shards))
+
+    @property
+    def largest_shard(self) -> int:
+        """Units of the largest shard."""
+        return -(-self.n_units // self.num_shards)
 
     def rows_of(
         self, drawn: Indices, rows: Sequence[Indices], limit: int | None, step: int
@@ -129,7 +150,10 @@ class PoissonSampler:
         return chosen if limit is None else [_subset(r, limit, words) for r in chosen]
 
     def mechanism(self, noise_multiplier: float) -> Mechanism:
-        """Return what the accountant has to count for a step of this sampler.
+        """Return what the accountant has to count for a step of this sampler and its fellows.
+
+        A unit is seen in its own shard alone, whatever the others draw. A cap cuts most in the
+        largest shard, which stands for all.
 
         Args:
             noise_multiplier: σ of the step's noise.
@@ -140,7 +164,7 @@ class PoissonSampler:
             noise_multiplier=noise_multiplier,
             sample_rate=self.sample_rate,
             sampling="truncated",
-            dataset_size=self.n_units,
+            dataset_size=self.largest_shard,
             truncated_batch_size=self.max_batch_size,
         )
 
@@ -148,7 +172,8 @@ class PoissonSampler:
         """Return a function from a count to that many random 64-bit words."""
         if self.secure:
             return lambda count: np.frombuffer(os.urandom(8 * count), np.uint64)
-        generator = np.random.Philox(key=np.array([self.seed, 2 * step + stream], np.uint64))
+        index = (2 * step + stream) * self.num_shards + self.shard
+        generator = np.random.Philox(key=np.array([self.seed, index], np.uint64))
         return generator.random_raw
 
 

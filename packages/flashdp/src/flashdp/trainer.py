@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import importlib.util
 import json
 import logging
@@ -81,6 +82,8 @@ class DPTrainerMixin(_Base):
       subset and accounted so.
     - ``args.max_grad_norm`` does nothing; ``privacy.max_grad_norm`` bounds a unit's contribution.
     - The training loss is not logged: it is no private number. No gradient norm is logged either.
+    - Under several processes (``torchrun``, ``accelerate launch``) each draws from its own share of
+      the units, the engine adds up their sums, and all add the same noise, once.
     - A trainer takes one run. Steps that it must count beforehand (earlier runs on the same data)
       can be told to ``engine.accountant``; training then stops before the target is exceeded.
 
@@ -164,7 +167,10 @@ class DPTrainerMixin(_Base):
         # Units, rate and number of steps depend on each other: a first loader counts the units.
         counted = poisson_data_loader(dataset, num_steps=1, **options)
         n, q, size = counted.n_units, counted.sample_rate, args.per_device_train_batch_size
-        largest = privacy.max_batch_size or math.ceil(n * q + 6 * math.sqrt(n * q * (1 - q)))
+        # Each process draws from its own share of the units.
+        ranks = args.world_size
+        n, cap = -(-n // ranks), privacy.max_batch_size and privacy.max_batch_size // ranks
+        largest = cap or math.ceil(n * q + 6 * math.sqrt(n * q * (1 - q)))
         per_batch = max(1, size // (privacy.max_rows_per_unit or 1))
         steps = args.max_steps if args.max_steps > 0 else steps_for(args.num_train_epochs, q)
         collator: Any = self.data_collator
@@ -179,10 +185,12 @@ class DPTrainerMixin(_Base):
         return poisson_data_loader(
             dataset,
             num_steps=steps,
-            max_batch_size=privacy.max_batch_size,
+            max_batch_size=cap,
             max_physical_batch_size=size,
             physical_batches_per_step=math.ceil(min(largest, n) / per_batch),
             annotate=True,
+            shard=args.process_index,
+            num_shards=ranks,
             collate_fn=collator,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
@@ -227,6 +235,8 @@ class DPTrainerMixin(_Base):
             return torch.zeros_like(loss)
         # Padding rows repeat a real one: their share is taken off.
         loss = loss * float(mask.float().mean()) / self.privacy.expected_batch_size
+        # The trainer takes the mean over processes.
+        loss = loss * self.args.world_size
         return loss * self.args.per_device_train_batch_size if self._loss_kind == "mean" else loss
 
     def _check_independence(self, model: nn.Module, inputs: dict[str, Any]) -> None:
@@ -307,6 +317,8 @@ class DPTrainerMixin(_Base):
             path = Path(str(resume_from_checkpoint)) / STATE_NAME
             self._restored = read_state(path, self._run())
         self._started = True
+        if self.args.world_size > 1:
+            self._join_processes()
         try:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
@@ -317,6 +329,20 @@ class DPTrainerMixin(_Base):
             return output
         metrics = {key: value for key, value in output.metrics.items() if key != "train_loss"}
         return output._replace(training_loss=math.nan, metrics=metrics)
+
+    def _join_processes(self) -> None:
+        """Start from the same weights, without DDP.
+
+        The engine adds sums up over processes; DDP would find no gradients, and hold buckets as
+        large as they would be.
+        """
+        model: Any = self.model
+        for tensor in (*model.parameters(), *model.buffers()):
+            torch.distributed.broadcast(tensor.detach(), 0)
+        accelerator: Any = self.accelerator
+        accelerator.prepare_model = functools.partial(
+            accelerator.prepare_model, evaluation_mode=True
+        )
 
     def _calibrate(self) -> None:
         privacy, loader = self.privacy, self._loader()

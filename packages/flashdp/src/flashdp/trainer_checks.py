@@ -110,9 +110,12 @@ def refuse_trainer(trainer: Any) -> None:
     args = trainer.args
     refused = [
         (args.n_gpu > 1, "several GPUs are visible: set CUDA_VISIBLE_DEVICES to one of them"),
-        (args.world_size > 1, "there is more than one process: launch a single one"),
         (trainer.is_deepspeed_enabled, "DeepSpeed makes gradients itself: leave deepspeed unset"),
-        (trainer.is_fsdp_enabled, "FSDP shards the layers that are clipped: leave fsdp unset"),
+        (
+            trainer.is_fsdp_enabled,
+            "FSDP shards layers after they are made private: leave fsdp unset, or shard by "
+            "fully_shard and use PrivacyEngine in a loop of your own",
+        ),
         (trainer.model_init is not None, "model_init would train anew unaccounted: pass the model"),
     ]
     _raise_first(refused)
