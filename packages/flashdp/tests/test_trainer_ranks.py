@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import socket
 import subprocess
@@ -13,10 +14,25 @@ import torch
 
 STEPS, UNITS, PHYSICAL = 3, 12, 2
 DRAWS = ([0, 3, 5, 8], [], [1, 2, 4, 11])
-RUNS = ("noise", "resumed", "no noise", "own weights")
+RUNS = ("noise", "no noise", "own weights", "resumed")
 SMALL = {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 16}
 
 pytestmark = pytest.mark.slow
+
+
+def can_resume():
+    """The stock trainer loads optimizers of CPU ranks to "cpu:0", which older torch refuses."""
+    file = io.BytesIO()
+    torch.save(torch.zeros(1), file)
+    file.seek(0)
+    try:
+        torch.load(file, map_location="cpu:0")
+    except RuntimeError:
+        return False
+    return True
+
+
+needs_resume = pytest.mark.skipif(not can_resume(), reason="this torch knows no cpu:0")
 
 
 def train(run, folder):
@@ -107,7 +123,7 @@ def assert_same(left, right, atol=0.0):
         torch.testing.assert_close(value, right[name], rtol=0, atol=atol, msg=name)
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", [*RUNS[:-1], pytest.param(RUNS[-1], marks=needs_resume)])
 def test_both_have_the_same_weights(ranks, run):
     assert_same(ranks[0][run]["weights"], ranks[1][run]["weights"])
 
@@ -129,6 +145,7 @@ def test_a_share_is_what_is_accounted_for(ranks):
         assert found["noise"]["epsilon"] == ranks[0]["noise"]["epsilon"]
 
 
+@needs_resume
 def test_a_resumed_run_counts_all_its_steps(ranks):
     for found in ranks:
         assert found["resumed"]["steps"] == STEPS
@@ -136,6 +153,7 @@ def test_a_resumed_run_counts_all_its_steps(ranks):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    results = {run: train(run, Path(sys.argv[1]) / run.replace(" ", "-")) for run in RUNS}
+    runs = RUNS if can_resume() else RUNS[:-1]
+    results = {run: train(run, Path(sys.argv[1]) / run.replace(" ", "-")) for run in runs}
     torch.save(results, Path(sys.argv[1]) / f"{os.environ['RANK']}.pt")
     torch.distributed.destroy_process_group()
