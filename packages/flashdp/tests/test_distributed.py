@@ -62,7 +62,7 @@ def faulty(fault, rank, world):
     }[fault]()
 
 
-def train(rank, world, *, fault="", wrap=""):
+def train(rank, world, *, fault="", wrap="", device="cpu"):
     """Run an empty step and STEPS real ones; every rank takes its part of each logical batch."""
     from flashdp.engine import PrivacyEngine
     from flashdp.errors import PrivacyError
@@ -70,7 +70,7 @@ def train(rank, world, *, fault="", wrap=""):
     from shared_kernels.testing.models import tiny_inputs, tiny_model
 
     # A vocabulary that two ranks cannot share evenly.
-    model = tiny_model("llama", vocab_size=97)
+    model = tiny_model("llama", vocab_size=97).to(device)
     called = wrapped(model, wrap)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     secure = fault == "own key"
@@ -106,7 +106,8 @@ def train(rank, world, *, fault="", wrap=""):
         empty, first = list(noises), len(noises)
         for step in range(STEPS):
             inputs = tiny_inputs("llama", batch=BATCH, seed=step)
-            mine = {k: v[rank * share : (rank + 1) * share] for k, v in inputs.items()}
+            part = slice(rank * share, (rank + 1) * share)
+            mine = {k: v[part].to(device) for k, v in inputs.items()}
             logits = called(mine["input_ids"]).logits
             unit_loss(logits, mine["labels"]).backward()
             optimizer.step()
@@ -117,13 +118,12 @@ def train(rank, world, *, fault="", wrap=""):
     }
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def in_two_processes(folder, device):
     """Results of both ranks by fault and wrapper, all from one pair of processes."""
-    folder = tmp_path_factory.mktemp("ranks")
     paths = [folder / f"{rank}.pt" for rank in range(2)]
+    meet = str(folder / "meet")
     processes = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(folder / "meet"), str(path)])
+        subprocess.Popen([sys.executable, __file__, str(rank), meet, str(path), device])
         for rank, path in enumerate(paths)
     ]
     try:
@@ -131,8 +131,13 @@ def ranks(tmp_path_factory):
     finally:
         for process in processes:
             process.kill()
-    found = [torch.load(path) for path in paths]
-    return {case: [one[case] for one in found] for case in CASES}
+    found = [torch.load(path, map_location="cpu") for path in paths]
+    return {case: [one[case] for one in found] for case in found[0]}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    return in_two_processes(tmp_path_factory.mktemp("ranks"), "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -205,13 +210,39 @@ def test_keys_that_differ_are_found_out(ranks):
         assert_same_weights(*ranks["own key", ""])
 
 
-def _rank(rank, meet, path):
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_are_one(tmp_path):
+    alone = {
+        key: [value.cpu() for value in values]
+        for key, values in train(0, 1, device="cuda:0").items()
+    }
+    ranks = in_two_processes(tmp_path, "cuda")
+    for wrap in ("", "ddp", "fsdp"):
+        both = ranks["", wrap]
+        for found in [whole(both)] if wrap == "fsdp" else both:
+            assert_one_noise(found, alone)
+            for one, other in zip(found["sums"], alone["sums"], strict=True):
+                torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+    assert_same_weights(*ranks["", ""])
+
+
+def _rank(rank, meet, path, device):
     torch.set_num_threads(1)
+    cases, backend = CASES, "gloo"
+    if device == "cuda":
+        # What is broken on purpose needs no GPU.
+        cases, backend, device = [case for case in CASES if not case[0]], "nccl", f"cuda:{rank}"
+        torch.cuda.set_device(device)
     torch.distributed.init_process_group(
-        "gloo", init_method=Path(meet).as_uri(), rank=int(rank), world_size=2
+        backend, init_method=Path(meet).as_uri(), rank=int(rank), world_size=2
     )
     torch.save(
-        {(fault, wrap): train(int(rank), 2, fault=fault, wrap=wrap) for fault, wrap in CASES}, path
+        {
+            (fault, wrap): train(int(rank), 2, fault=fault, wrap=wrap, device=device)
+            for fault, wrap in cases
+        },
+        path,
     )
     torch.distributed.destroy_process_group()
 

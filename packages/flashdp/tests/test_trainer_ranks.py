@@ -54,7 +54,7 @@ def train(run, folder):
         arguments = TrainingArguments(
             output_dir=str(folder), per_device_train_batch_size=PHYSICAL, learning_rate=1e-2,
             lr_scheduler_type="constant", max_steps=steps, report_to="none", disable_tqdm=True,
-            save_strategy="steps" if run == "resumed" else "no", save_steps=1, use_cpu=True,
+            save_strategy="steps" if run == "resumed" else "no", save_steps=1, use_cpu="GPUS" not in os.environ,
             logging_steps=1,
         )  # fmt: skip
         trainer = DPTrainer(
@@ -88,10 +88,8 @@ def train(run, folder):
     }
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def in_two_processes(folder, **more):
     """What both processes found in all runs."""
-    folder = tmp_path_factory.mktemp("ranks")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -99,7 +97,7 @@ def ranks(tmp_path_factory):
     for rank in range(2):
         set_by_launcher = {
             "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2,
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1,
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1, **more,
         }  # fmt: skip
         environment = os.environ | {k: str(v) for k, v in set_by_launcher.items()}
         command = [sys.executable, __file__, str(folder)]
@@ -109,7 +107,12 @@ def ranks(tmp_path_factory):
     finally:
         for process in processes:
             process.kill()
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return [torch.load(folder / f"{rank}.pt", map_location="cpu") for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    return in_two_processes(tmp_path_factory.mktemp("ranks"))
 
 
 def assert_same(left, right, atol=0.0):
@@ -145,9 +148,20 @@ def test_a_resumed_run_counts_all_its_steps(ranks):
         assert found["resumed"]["steps"] == STEPS
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_are_one_process(tmp_path):
+    ranks = in_two_processes(tmp_path, GPUS=2)
+    for run in ranks[0]:
+        assert_same(ranks[0][run]["weights"], ranks[1][run]["weights"])
+    alone = train("noise", tmp_path)
+    assert_same(alone["weights"], ranks[0]["noise"]["weights"], atol=1e-4)
+    assert ranks[0]["noise"]["losses"] == pytest.approx(alone["losses"], rel=1e-3)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    runs = RUNS if can_resume() else RUNS[:-1]
+    runs = RUNS if can_resume() or "GPUS" in os.environ else RUNS[:-1]
     results = {run: train(run, Path(sys.argv[1]) / run.replace(" ", "-")) for run in runs}
     torch.save(results, Path(sys.argv[1]) / f"{os.environ['RANK']}.pt")
     torch.distributed.destroy_process_group()
