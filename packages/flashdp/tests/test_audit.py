@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from dp_accounting import get_sigma_gaussian
-from flashdp.audit import audit_mechanism, audit_one_run, one_run_p_value
+from flashdp.audit import _largest_refuted, audit_mechanism, audit_one_run, one_run_p_value
 from flashdp.noise import ClippedSum, NoiseSource
 from scipy import stats
 
@@ -171,6 +171,22 @@ def test_the_p_value_is_the_tail_of_a_binomial_and_what_delta_adds():
     assert one_run_p_value(50, 20, 18, 1.0, 1e-4) == pytest.approx(expected, rel=1e-9)
     assert one_run_p_value(50, 20, 0, 1.0, 1e-4) == 1.0
     assert one_run_p_value(50, 20, 18, 1.0, 0.9) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("counts", "epsilon", "delta", "p_value", "lower"),
+    [
+        ((1000, 100, 70), 0.5, 1e-5, 0.06694927057314852, 0.46913105191650994),
+        ((4000, 400, 260), 0.1, 1e-6, 0.000116098669146791, 0.44195538280887),
+        ((1000, 1000, 600), 0.3, 0.0, 0.05420718855127691, 0.2974679266765937),
+        ((200, 50, 50), 2.0, 1e-4, 0.006079844744260727, 2.727498013842167),
+        ((4000, 200, 140), 0.7, 1e-3, 0.6287093103831252, 0.0),
+    ],
+)
+def test_the_bound_is_that_of_jax_privacy(counts, epsilon, delta, p_value, lower):
+    """Values of auditing.py of jax-privacy 2.0.0, whose root is found to 1e-6."""
+    assert one_run_p_value(*counts, epsilon, delta) == pytest.approx(p_value, rel=1e-12)
+    assert _largest_refuted(*counts, delta, 0.05) == pytest.approx(lower, abs=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Clipped sums against Opacus, which forms every unit's gradient, and fastDP's layer-wise split."""
+"""Clipped sums against Opacus and Opake, which form every unit's gradient, and fastDP's split."""
 
 from __future__ import annotations
 
@@ -126,6 +126,24 @@ def test_every_parameter_is_clipped_as_by_opacus_per_layer():
     found = ours(model, bounds, "param")
     assert list(found) and set(found) == set(order)
     assert_agrees(found, expected, [[n] for n in order], bounds)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("opake") is None, reason="opake is missing")
+def test_every_parameter_is_clipped_as_by_opake_per_group():
+    from opake.dpsgd.clipping import clipped_grad, per_group
+
+    model, other = twins()
+    bounds = thresholds_of(copy.deepcopy(model))
+    params = {name: param.detach() for name, param in other.named_parameters()}
+
+    def loss(params, image, tokens, label, weight):
+        logits = torch.func.functional_call(other, params, (image[None], tokens[None]))
+        return losses(logits, label[None], weight[None])[0]
+
+    groups = per_group(params, patterns=dict(zip(params, bounds, strict=True)))
+    clipped, state = clipped_grad(loss, clipping_norm=groups, batch_argnums=(1, 2, 3, 4))
+    found, _ = clipped(params, *batch(), state=state)
+    assert_agrees(ours(model, bounds, "param"), found.pytree, [[n] for n in params], bounds)
 
 
 def flat_bound():

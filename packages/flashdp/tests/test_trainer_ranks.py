@@ -54,8 +54,8 @@ def train(run, folder):
         arguments = TrainingArguments(
             output_dir=str(folder), per_device_train_batch_size=PHYSICAL, learning_rate=1e-2,
             lr_scheduler_type="constant", max_steps=steps, report_to="none", disable_tqdm=True,
-            save_strategy="steps" if run == "resumed" else "no", save_steps=1, use_cpu="GPUS" not in os.environ,
-            logging_steps=1,
+            save_strategy="steps" if run == "resumed" else "no", save_steps=1,
+            use_cpu="GPUS" not in os.environ, logging_steps=1,
         )  # fmt: skip
         trainer = DPTrainer(
             model, arguments, train_dataset=data, privacy=privacy, log_non_private_loss=True,
