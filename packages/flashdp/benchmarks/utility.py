@@ -33,12 +33,14 @@ README = HERE.parent / "README.md"
 COMMAND = "python packages/flashdp/benchmarks/utility.py run --model FOLDER --device cuda --jobs 4"
 
 ORDINARY = "without privacy"
-#: Options of `make_private`; "adaptive" stands for thresholds that follow the median.
+#: Options of `make_private`; "adaptive" stands for thresholds that follow the median, "corrected"
+#: for `flashdp.AdamWBC` in place of AdamW.
 ARMS: dict[str, dict[str, Any]] = {
     "module": {"grouping": "module"},
     "module, adaptive": {"grouping": "module", "adaptive": True},
     "block": {"grouping": "block"},
     "flat": {"grouping": "flat"},
+    "flat, AdamWBC": {"grouping": "flat", "corrected": True},
 }
 
 
@@ -72,7 +74,7 @@ class Study:
     delta: float = 1e-6
     epsilons: tuple[float, ...] = (1.0, 3.0, 8.0)
     tuned_at: float = 3.0
-    rates: tuple[float, ...] = (2e-3, 5e-3, 1.25e-2)
+    rates: tuple[float, ...] = (8e-4, 2e-3, 5e-3, 1.25e-2)
     codes: int = 8
     repeats: tuple[int, ...] = (1, 16)
     candidates: int = 512
@@ -200,7 +202,13 @@ def noise_of(study: Study, epsilon: float | None) -> float:
 def train(model_folder: str, device: str, study: Study, run: Run, sigma: float) -> Outcome:
     """Fine-tune adapters, and measure."""
     import torch
-    from flashdp import AdaptiveThresholds, PrivacyEngine, per_sample_loss, poisson_data_loader
+    from flashdp import (
+        AdamWBC,
+        AdaptiveThresholds,
+        PrivacyEngine,
+        per_sample_loss,
+        poisson_data_loader,
+    )
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -258,7 +266,9 @@ def train(model_folder: str, device: str, study: Study, run: Run, sigma: float) 
         # Room for five standard deviations above the mean: one physical batch, or seldom two.
         max_physical_batch_size=math.ceil(study.batch + 5 * study.batch**0.5),
     )
-    optimizer = torch.optim.AdamW(
+    options = dict(ARMS.get(run.arm, {}))
+    make = AdamWBC if options.pop("corrected", False) else torch.optim.AdamW
+    optimizer = make(
         [p for p in model.parameters() if p.requires_grad], lr=run.rate, weight_decay=0.0
     )
     warm = max(1, study.steps // 10)
@@ -266,7 +276,6 @@ def train(model_folder: str, device: str, study: Study, run: Run, sigma: float) 
         optimizer, lambda k: min(1.0, (k + 1) / warm) * (1 - k / study.steps)
     )
     if private:
-        options = dict(ARMS[run.arm])
         if options.pop("adaptive", False):
             options["thresholds"] = AdaptiveThresholds()
         PrivacyEngine(secure_rng=False, seed=study.seed).make_private(
@@ -421,7 +430,7 @@ def plot(path: Path = RESULT, target: Path = PLOT) -> None:
         figure = Figure(figsize=(5.5, 3.2), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots()
-        for arm, colour, marker in zip(ARMS, PALETTE, "osD^", strict=False):
+        for arm, colour, marker in zip(ARMS, PALETTE, "osD^v", strict=False):
             losses = [best(outcomes, arm, e).test for e in epsilons]
             axes.plot(epsilons, losses, marker=marker, color=colour, label=arm)
         axes.axhline(

@@ -15,6 +15,7 @@ from .loader import PoissonDataLoader as PoissonDataLoader
 from .loader import from_data_loader as from_data_loader
 from .loader import poisson_data_loader as poisson_data_loader
 from .losses import per_sample_loss as per_sample_loss
+from .optim import AdamWBC as AdamWBC
 from .report import Covered as Covered
 from .report import PrivacyReport as PrivacyReport
 from .rules import register_dp_rule as register_dp_rule

@@ -17,6 +17,7 @@ from flashdp.groups import AdaptiveThresholds, Calibration, make_groups
 from flashdp.independence import Independence
 from flashdp.losses import LossReplacement
 from flashdp.noise import ClippedSum, NoiseSource
+from flashdp.optim import AdamWBC
 from flashdp.report import report_of
 from flashdp.sharding import empty_sum, first_element, is_sharded, like_parameter
 from flashdp.units import units_of_call
@@ -70,6 +71,8 @@ class PrivacyEngine:
         self.accountant = Accountant(accountant)
         self.noise = NoiseSource(secure=secure_rng, seed=seed)
         self.collector: Collector | None = None
+        # Of the last step's noise in each parameter's gradient.
+        self.noise_std: dict[nn.Parameter, float] = {}
         self._model: nn.Module | None = None
         self._removers: list[Any] = []
         self._loader: Any = None
@@ -230,6 +233,9 @@ class PrivacyEngine:
                     "were unfrozen or added after make_private; decide what trains before it"
                 )
             self._before_step()
+            inner = getattr(optimizer, "optimizer", optimizer)
+            if isinstance(inner, AdamWBC):
+                inner.set_noise(self.noise_std)
 
         def after_step(*_: Any) -> None:
             for param in self._parameters:
@@ -324,6 +330,7 @@ class PrivacyEngine:
         sums, below = self.collector.take(), self.collector.below
         self.collector.below = None
         std = self.calibration.noise_std(self._sigma)
+        self.noise_std = {p: s / self.expected_batch_size for p, s in std.items()}
         parts = (self._part(p, sums, uid, std[p]) for uid, p in enumerate(self._parameters))
         grads = self.noise.noised(parts, step=step, divisor=self.expected_batch_size)
         for param, grad in zip(self._parameters, grads, strict=True):
