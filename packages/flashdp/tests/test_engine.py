@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from flashdp.engine import PrivacyEngine
 from flashdp.errors import PrivacyError
 from flashdp.losses import per_sample_loss
+from flashdp.records import MatrixRecord, TableRecord, inner_product
+from flashdp.units import Units
 from shared_kernels.testing.models import tiny_inputs, tiny_model
 from torch import nn
 
@@ -142,9 +145,10 @@ def test_language_models(name, grouping):
         "model.decoder.embed_tokens.weight",
     }
     skip = tied if engine.calibration.sensitivity and _is_tied(plain) else set()
+    if grouping == "flat":
+        # Both uses are in one group, whose norm is that of their sum.
+        groups, skip = [list(gradients[0])], set()
     expected = clipped(gradients, [[n for n in g if n not in skip] for g in groups], thresholds)
-    if grouping == "flat" and skip:
-        return  # the norm of a tied group is a bound, tested below
     assert_close({n: v for n, v in found.items() if n not in skip}, expected, rtol=1e-4)
 
 
@@ -180,6 +184,51 @@ def test_tied_weights_add_up_linearly():
     clusters = torch.stack([thresholds[c].sum() for c in engine.calibration.clusters])
     assert float(clusters.square().sum().sqrt()) == pytest.approx(1.0, rel=1e-6)
     assert engine.calibration.sensitivity == pytest.approx(1.0, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_product_of_a_heads_and_a_tables_gradient(dtype):
+    """Above the value, by its rounding alone; other units and layouts take the triangle."""
+    g = torch.Generator().manual_seed(6)
+    rows, tokens, width, vocabulary = 3, 5, 8, 11
+    a, h = torch.randn(2, rows * tokens, width, generator=g, dtype=torch.float64).to(dtype)
+    out = torch.randn(rows * tokens, vocabulary, generator=g, dtype=torch.float64).to(dtype)
+    ids = torch.randint(0, vocabulary, (rows * tokens,), generator=g)
+    units = Units.one_per_row(rows, torch.device("cpu"))
+    cu = units.cu_rows * tokens
+    head, table = MatrixRecord(a, out, cu, tokens), TableRecord(ids, h, cu, tokens)
+    found = inner_product([head, table], units)
+    for row in range(rows):
+        some = slice(row * tokens, (row + 1) * tokens)
+        by_head = out[some].double().T @ a[some].double()
+        by_table = torch.zeros_like(by_head).index_add(0, ids[some], h[some].double())
+        expected = float((by_head * by_table).sum())
+        size = float(by_head.abs().max() * by_table.abs().sum())
+        assert (
+            0 <= float(found[row]) - expected < (1e-12 if dtype is torch.float64 else 1e-5) * size
+        )
+    assert inner_product([head, head], units) is None
+    assert inner_product([head, table, table], units) is None
+    assert inner_product([replace(head, transposed=True), table], units) is None
+    pairs = Units.grouped(torch.tensor([0, 1, 3]), torch.device("cpu"))
+    assert inner_product([head, table], pairs) is None
+
+
+@pytest.mark.parametrize("users", [False, True])
+def test_a_tied_weight_is_bounded_by_the_flat_threshold(users):
+    """Two uses that point the same way: together they may not exceed C."""
+    model = tiny_model("llama", tie_word_embeddings=True, num_hidden_layers=1).double()
+    inputs = tiny_inputs("llama", batch=4)
+    engine, _ = make(model, grouping="flat", max_grad_norm=0.05, check_independence=False)
+    given = {"dp_rows": torch.tensor([0, 3, 4], dtype=torch.int32)} if users else {}
+    masks = torch.eye(2 if users else 4, dtype=torch.bool)
+    for mask in masks:
+        model(**inputs, **given, dp_mask=mask).loss.backward()
+        found = sums_of(engine)
+        norm = math.sqrt(sum(float(v.square().sum()) for v in found.values()))
+        assert norm <= 0.05
+        # Users take the triangle's bound, which is above the norm, but not by more than sqrt(2).
+        assert norm >= 0.05 * (0.7 if users else 1 - 1e-4)
 
 
 ADVERSARIAL = ["cancelling", "huge", "nan", "inf", "zero", "duplicate"]

@@ -16,7 +16,7 @@ import torch
 from shared_kernels.ops.dp import clip_factors
 
 from flashdp.errors import PrivacyError
-from flashdp.records import MatrixRecord, join
+from flashdp.records import MatrixRecord, inner_product, join
 from flashdp.sharding import is_sharded, reduce_scatter
 
 if TYPE_CHECKING:
@@ -336,6 +336,7 @@ class Collector:
         """Squared norms, (units,); uses of one shared parameter add up before they are squared."""
         plain: list[Tensor] = []
         tied: list[Tensor] = []
+        uses: list[Any] = []
         for part in parts:
             terms = []
             for record in part.layer.records:
@@ -350,8 +351,14 @@ class Collector:
             n2 = _sum(terms)
             shared = any(part.layer.parameter(local) in self._shared for local in part.names)
             (tied if shared else plain).append(n2)
-        if len(tied) > 1:
-            # |a + b| <= |a| + |b|: what two uses add to one parameter need not be orthogonal.
+            if shared:
+                uses += part.layer.records
+        # |a + b|^2 = |a|^2 + |b|^2 + 2 <a, b>: two uses of one parameter need not be orthogonal.
+        product = inner_product(uses, units) if len(tied) == 2 else None
+        if product is not None:
+            plain += [*tied, 2 * product]
+        elif len(tied) > 1:
+            # |a + b| <= |a| + |b|
             plain.append(torch.stack(tied).clamp(min=0).sqrt().sum(0).square())
         else:
             plain += tied

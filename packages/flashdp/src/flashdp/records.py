@@ -15,6 +15,7 @@ import torch
 from shared_kernels.ops.dp import (
     certified_norm,
     embedding_accumulate,
+    gram_error_bound,
     segment_gram_clip,
     segment_gram_norm,
     segment_mm_clip,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
     from flashdp.units import Units
 
-__all__ = ["MatrixRecord", "RowsRecord", "TableRecord", "join"]
+__all__ = ["MatrixRecord", "RowsRecord", "TableRecord", "inner_product", "join"]
 
 
 @dataclass
@@ -177,6 +178,36 @@ def _weighted(per_unit: Tensor, scale: Tensor) -> Tensor:
     # A unit that is left out may hold NaN, and zero times NaN would not leave it out.
     kept = torch.where(scale[:, None] == 0, 0, per_unit)
     return scale.to(kept.dtype) @ kept
+
+
+def inner_product(records: Sequence[Any], units: Units) -> Tensor | None:
+    """Return an upper bound on <head, table>, (units,), of a matrix that is a table as well.
+
+    The head's gradient is ``sum_s g_s a_s^T`` and the table's ``sum_t e(x_t) h_t^T``, so that their
+    inner product is ``sum_{s,t} g_s[x_t] <a_s, h_t>``: no more than its rounding above the value.
+
+    Returns:
+        None where the records are not one of each, or units are not rows of equal lengths.
+    """
+    kinds = {type(record): record for record in records}
+    head, table = kinds.get(MatrixRecord), kinds.get(TableRecord)
+    if len(records) != 2 or head is None or table is None:
+        return None
+    if head.transposed or not units.single or units.row_dims != 1:
+        return None
+    rows = units.rows
+    inputs, grads = head.a.view(rows, head.per_row, -1), head.g.view(rows, head.per_row, -1)
+    tokens, below = table.tokens.view(rows, -1), table.g.view(rows, table.per_row, -1)
+    sums = []
+    for a, g, x, h in zip(inputs, grads, tokens, below, strict=True):
+        # In float64, which no setting turns into TF32.
+        terms = (a.double() @ h.double().t()) * g.index_select(1, x).double()
+        sums.append(torch.stack([terms.sum(), terms.abs().sum()]))
+    product, absolute = torch.stack(sums).unbind(1)
+    if head.a.dtype is torch.float64:
+        return product + gram_error_bound(absolute, head.cu, head.a.shape[1], 0)
+    # What is left of its rounding is that to float32.
+    return (product + 2.0**-23 * absolute).float()
 
 
 def join(records: Sequence[MatrixRecord | TableRecord | RowsRecord]) -> list:
