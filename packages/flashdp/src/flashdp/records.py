@@ -8,6 +8,7 @@ where they are as small as a norm layer's.
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -187,27 +188,32 @@ def inner_product(records: Sequence[Any], units: Units) -> Tensor | None:
     inner product is ``sum_{s,t} g_s[x_t] <a_s, h_t>``: no more than its rounding above the value.
 
     Returns:
-        None where the records are not one of each, or units are not rows of equal lengths.
+        None where the records are not one of each.
     """
     kinds = {type(record): record for record in records}
     head, table = kinds.get(MatrixRecord), kinds.get(TableRecord)
-    if len(records) != 2 or head is None or table is None:
+    if len(records) != 2 or head is None or table is None or head.transposed:
         return None
-    if head.transposed or not units.single or units.row_dims != 1:
-        return None
-    rows = units.rows
-    inputs, grads = head.a.view(rows, head.per_row, -1), head.g.view(rows, head.per_row, -1)
-    tokens, below = table.tokens.view(rows, -1), table.g.view(rows, table.per_row, -1)
-    sums = []
-    for a, g, x, h in zip(inputs, grads, tokens, below, strict=True):
+    sums = [head.a.new_zeros(0, 2, dtype=torch.float64)]
+    for (s, t), (first, last) in zip(_spans(head, units), _spans(table, units), strict=True):
         # In float64, which no setting turns into TF32.
-        terms = (a.double() @ h.double().t()) * g.index_select(1, x).double()
-        sums.append(torch.stack([terms.sum(), terms.abs().sum()]))
-    product, absolute = torch.stack(sums).unbind(1)
+        terms = head.a[s:t].double() @ table.g[first:last].double().t()
+        terms *= head.g[s:t].index_select(1, table.tokens[first:last]).double()
+        sums.append(torch.stack([terms.sum(), terms.abs().sum()])[None])
+    product, absolute = torch.cat(sums).unbind(1)
     if head.a.dtype is torch.float64:
         return product + gram_error_bound(absolute, head.cu, head.a.shape[1], 0)
     # What is left of its rounding is that to float32.
     return (product + 2.0**-23 * absolute).float()
+
+
+def _spans(record: MatrixRecord | TableRecord, units: Units) -> list[tuple[int, int]]:
+    """Return each unit's first token and the one after its last."""
+    if units.single and units.row_dims == 1:
+        size = record.per_row
+        return [(k * size, (k + 1) * size) for k in range(units.rows)]
+    # On a GPU this waits.
+    return list(itertools.pairwise(record.cu.tolist()))
 
 
 def join(records: Sequence[MatrixRecord | TableRecord | RowsRecord]) -> list:
