@@ -27,6 +27,8 @@ _GRAM_CHUNK, _PRODUCT_CHUNK = 1 << 20, 1 << 22
 _GRAM_ROWS = 256
 #: Rows that are widened at a time for a product over all rows.
 _PRODUCT_ROWS = 8192
+#: Elements of the products that are formed, squared and added while they are in a cache.
+_CLIP_CHUNK = 1 << 18
 #: What a factor is multiplied by, so that rounding does not take a clipped norm over the threshold.
 SHRINK = 1 - 2.0**-16
 #: What `gram_norm` adds to its absolute values for each pair of rows, times both inner products.
@@ -94,13 +96,16 @@ def unit_bounds(cu_seqlens: Tensor, rows: int) -> list[int]:
     return bounds
 
 
-def batches(cu_seqlens: Tensor, rows: int, product: int | None = None) -> Iterator[Batch]:
+def batches(
+    cu_seqlens: Tensor, rows: int, product: int | None = None, chunk: int | None = None
+) -> Iterator[Batch]:
     """Yield the units that have rows, consecutive ones of equal length together.
 
     Args:
         cu_seqlens: int32 ``(U + 1,)``.
         rows: Number of rows.
         product: Elements of a unit's product, to bound a batch; None bounds its Gram matrices.
+        chunk: What the products of a batch are bounded by, if not by the usual.
     """
     bounds = unit_bounds(cu_seqlens, rows)
     first = 0
@@ -112,7 +117,7 @@ def batches(cu_seqlens: Tensor, rows: int, product: int | None = None) -> Iterat
         if product is None:
             most = _GRAM_CHUNK // (length * min(length, _GRAM_ROWS))
         else:
-            most = _PRODUCT_CHUNK // max(1, product)
+            most = (chunk or _PRODUCT_CHUNK) // max(1, product)
         limit = min(len(bounds) - 1, first + max(1, most))
         last = first + 1
         while last < limit and bounds[last + 1] - bounds[last] == length:
@@ -300,28 +305,37 @@ def mm_clip(
     equal: bool,
     accumulate: bool,
 ) -> Tensor:
-    """Form each unit's product, take its norm and factor, and add it: one unit at a time."""
+    """Form products, take their norms and factors, and add them: a few units at a time.
+
+    As many as leave their products in a cache, and at least one.
+    """
     if not accumulate:
         out.zero_()
-    n2 = g.new_zeros(cu_seqlens.shape[0] - 1, dtype=out.dtype)
-    bounds = unit_bounds(cu_seqlens, g.shape[0])
-    product = torch.empty_like(out, memory_format=torch.contiguous_format)
+    (_, d), (rows, p), dtype = a.shape, g.shape, out.dtype
+    n2 = g.new_zeros(cu_seqlens.shape[0] - 1, dtype=dtype)
+    buffer = out.new_empty(0)
     with ieee_matmul():
-        for unit, (low, high) in enumerate(pairwise(bounds)):
-            if low == high:
-                continue
-            y = g[low:high].to(out.dtype)
-            torch.mm(y.T, a[low:high].to(out.dtype), out=product)
-            total = _squared_norm(product).sum()
-            bias = None if bias_out is None else y.sum(0)
-            if bias is not None:
-                total += bias.square().sum()
-            n2[unit] = total
-            factor = float(clip_factors(total, threshold, clipping, stability))
-            if factor != 0:
-                out.add_(product, alpha=factor)
-                if bias_out is not None and bias is not None:
-                    bias_out.add_(bias, alpha=factor)
+        for batch in batches(cu_seqlens, rows, p * d, _CLIP_CHUNK):
+            x, y = batch.of(a, dtype), batch.of(g, dtype)
+            if len(buffer) < batch.count:
+                buffer = out.new_empty(batch.count, p, d)
+            products = buffer[: batch.count]
+            if batch.count > 1:
+                torch.bmm(y.mT, x, out=products)
+            else:
+                torch.mm(y[0].T, x[0], out=products[0])
+            totals = _squared_norm(products).sum(1)
+            biases = None if bias_out is None else y.sum(1)
+            if biases is not None:
+                totals += biases.square().sum(1)
+            n2[batch.units] = totals
+            factors = clip_factors(totals, threshold, clipping, stability)
+            for factor, product in zip(factors.tolist(), products, strict=True):
+                # of a unit left out, 0 times what may be infinite
+                if factor != 0:
+                    out.add_(product, alpha=factor)
+            if bias_out is not None and biases is not None:
+                bias_out += torch.where(factors[:, None] != 0, factors[:, None] * biases, 0).sum(0)
     return n2
 
 
