@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from flashdp._checks import check_fraction, check_rate, check_real, check_whole
 from flashdp.config import AccountantKind
+from flashdp.errors import PrivacyError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -442,3 +443,30 @@ def _entry(entry: Any) -> tuple[Mechanism, int]:
         raise ValueError(f"an accountant's entry has no {sorted(unknown)}")
     check_whole("steps", entry["steps"])
     return Mechanism(**{k: v for k, v in entry.items() if k != "steps"}), entry["steps"]
+
+
+def mechanism_of(sigma: float, sample_rate: float | None, loader: Any) -> Mechanism:
+    """Return what a step costs with a loader, or without one.
+
+    Args:
+        sigma: Noise multiplier.
+        sample_rate: q, where there is no loader that knows it; None claims no amplification.
+        loader: Any; one that has a ``mechanism`` is asked.
+
+    Raises:
+        PrivacyError: The rate claims amplification, and nothing says that batches are drawn so.
+    """
+    make = getattr(loader, "mechanism", None)
+    if make is not None:
+        return make(sigma)
+    if sample_rate is None:
+        return Mechanism(noise_multiplier=sigma, sample_rate=1.0, sampling="every_step")
+    if loader is None:
+        raise PrivacyError(
+            f"sample_rate={sample_rate} claims amplification by Poisson sampling, and there is no "
+            "Poisson loader: pass flashdp.poisson_data_loader(...), or leave sample_rate out"
+        )
+    raise PrivacyError(
+        f"{type(loader).__name__} does not say that it draws by Poisson sampling: epsilon for "
+        f"sample_rate={sample_rate} would not hold; use flashdp.poisson_data_loader"
+    )

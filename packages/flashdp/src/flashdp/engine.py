@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from flashdp.accounting import Accountant, Mechanism, adaptive_split, calibrate
+from flashdp.accounting import Accountant, Mechanism, adaptive_split, calibrate, mechanism_of
 from flashdp.attach import find_layers, private_parameters, restore, take_over
 from flashdp.collector import Collector
 from flashdp.errors import PrivacyError
@@ -160,7 +160,7 @@ class PrivacyEngine:
             self._sigma, self._sigma_counts = adaptive_split(
                 noise_multiplier, len(groups), thresholds.share
             )
-        self.mechanism = mechanism or _mechanism(noise_multiplier, sample_rate, data_loader)
+        self.mechanism = mechanism or mechanism_of(noise_multiplier, sample_rate, data_loader)
         self.collector = Collector(
             layers,
             groups,
@@ -202,7 +202,7 @@ class PrivacyEngine:
         """
         rate = sample_rate if sample_rate is not None else getattr(data_loader, "sample_rate", None)
         # The loader knows whether it cuts large draws, which costs something.
-        as_drawn = _mechanism(1.0, rate, data_loader)
+        as_drawn = mechanism_of(1.0, rate, data_loader)
         sigma = calibrate(
             target_epsilon,
             target_delta,
@@ -421,23 +421,6 @@ def _leaked(param: Tensor, name: str) -> None:
 
 def _distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _mechanism(sigma: float, sample_rate: float | None, loader: Any) -> Mechanism:
-    make = getattr(loader, "mechanism", None)
-    if make is not None:
-        return make(sigma)
-    if sample_rate is None:
-        return Mechanism(noise_multiplier=sigma, sample_rate=1.0, sampling="every_step")
-    if loader is None:
-        raise PrivacyError(
-            f"sample_rate={sample_rate} claims amplification by Poisson sampling, and there is no "
-            "Poisson loader: pass flashdp.poisson_data_loader(...), or leave sample_rate out"
-        )
-    raise PrivacyError(
-        f"{type(loader).__name__} does not say that it draws by Poisson sampling: epsilon for "
-        f"sample_rate={sample_rate} would not hold; use flashdp.poisson_data_loader"
-    )
 
 
 def _strategy(name: str) -> Any:
