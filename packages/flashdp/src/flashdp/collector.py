@@ -337,6 +337,7 @@ class Collector:
         plain: list[Tensor] = []
         tied: list[Tensor] = []
         uses: list[Any] = []
+        weights: set[nn.Parameter] = set()
         for part in parts:
             terms = []
             for record in part.layer.records:
@@ -353,10 +354,14 @@ class Collector:
             (tied if shared else plain).append(n2)
             if shared:
                 uses += part.layer.records
+                weights |= {part.layer.parameter(local) for local in part.names} & self._shared
         # |a + b|^2 = |a|^2 + |b|^2 + 2 <a, b>: two uses of one parameter need not be orthogonal.
-        product = inner_product(uses, units) if len(tied) == 2 else None
+        # Uses of two parameters, of which each has another use that did not run, are no such pair.
+        product = inner_product(uses, units) if len(tied) == 2 and len(weights) == 1 else None
         if product is not None:
-            plain += [*tied, 2 * product]
+            # They may cancel: in float64, and rounded up.
+            joint = (tied[0].double() + tied[1].double() + 2 * product).clamp(min=0)
+            plain.append((joint * (1 + 2.0**-22)).to(tied[0].dtype))
         elif len(tied) > 1:
             # |a + b| <= |a| + |b|
             plain.append(torch.stack(tied).clamp(min=0).sqrt().sum(0).square())

@@ -182,7 +182,7 @@ def _weighted(per_unit: Tensor, scale: Tensor) -> Tensor:
 
 
 def inner_product(records: Sequence[Any], units: Units) -> Tensor | None:
-    """Return an upper bound on <head, table>, (units,), of a matrix that is a table as well.
+    """Return an upper bound on <head, table>, float64 (units,), of a matrix that is a table too.
 
     The head's gradient is ``sum_s g_s a_s^T`` and the table's ``sum_t e(x_t) h_t^T``, so that their
     inner product is ``sum_{s,t} g_s[x_t] <a_s, h_t>``: no more than its rounding above the value.
@@ -201,10 +201,7 @@ def inner_product(records: Sequence[Any], units: Units) -> Tensor | None:
         terms *= head.g[s:t].index_select(1, table.tokens[first:last]).double()
         sums.append(torch.stack([terms.sum(), terms.abs().sum()])[None])
     product, absolute = torch.cat(sums).unbind(1)
-    if head.a.dtype is torch.float64:
-        return product + gram_error_bound(absolute, head.cu, head.a.shape[1], 0)
-    # What is left of its rounding is that to float32.
-    return (product + 2.0**-23 * absolute).float()
+    return product + gram_error_bound(absolute, head.cu, head.a.shape[1], 0)
 
 
 def _spans(record: MatrixRecord | TableRecord, units: Units) -> list[tuple[int, int]]:
