@@ -3,7 +3,8 @@
 Units are generated facts whose structure can be learned (a department decides floor, manager and
 shift) and whose rest cannot (names, badges). A few hold door codes that must not be learned: how
 well a trained model knows them is their exposure. All arms take the same number of steps with the
-same optimizer; learning rates are chosen per arm on validation facts, at one epsilon.
+same optimizer; learning rates are chosen per arm on validation facts, at one epsilon. The run
+without privacy clips its batch gradients at the same norm, as trainers do.
 
     python packages/flashdp/benchmarks/utility.py run --model FOLDER --device cuda --jobs 4
     python packages/flashdp/benchmarks/utility.py report
@@ -74,7 +75,7 @@ class Study:
     delta: float = 1e-6
     epsilons: tuple[float, ...] = (1.0, 3.0, 8.0)
     tuned_at: float = 3.0
-    rates: tuple[float, ...] = (8e-4, 2e-3, 5e-3, 1.25e-2)
+    rates: tuple[float, ...] = (8e-4, 2e-3, 5e-3, 1.25e-2, 3e-2, 7.5e-2)
     codes: int = 8
     repeats: tuple[int, ...] = (1, 16)
     candidates: int = 512
@@ -289,6 +290,8 @@ def train(model_folder: str, device: str, study: Study, run: Run, sigma: float) 
         total = (losses_of(batch) * mask).sum()
         (total if private else total / study.batch).backward()
         if last:
+            if not private:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), study.clip)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
