@@ -20,7 +20,7 @@ from shared_kernels._checks import check_choice
 from shared_kernels.errors import FallbackError, KernelUnavailableError
 
 #: Values of the ``impl`` argument of public functions.
-IMPLEMENTATIONS: Final = ("auto", "triton", "numba", "reference")
+IMPLEMENTATIONS: Final = ("auto", "triton", "numba", "split", "reference")
 
 _forced: ContextVar[str | None] = ContextVar("shared_kernels_forced_impl", default=None)
 _warned: set[tuple[str, str]] = set()
@@ -31,7 +31,7 @@ def force_impl(impl: str) -> Generator[None]:
     """Make every call with ``impl="auto"`` in this context use ``impl`` instead.
 
     Args:
-        impl: One of ``triton``, ``numba``, ``reference`` or ``auto``.
+        impl: One of ``triton``, ``numba``, ``split``, ``reference`` or ``auto``.
     """
     check_choice("impl", impl, IMPLEMENTATIONS)
     token = _forced.set(impl)
@@ -117,16 +117,17 @@ def select(
         return impl
     preferred = "triton" if device.type == "cuda" else "numba"
     if preferred not in available:
-        return "reference"
+        return "split" if "split" in available else "reference"
     reason = _why_not(preferred, device, unsupported)
     if reason is None:
         return preferred
-    text = f"{op}: falling back to the slow reference on {device}: {reason}"
+    fallback = "split" if "split" in available else "reference"
+    text = f"{op}: falling back to the slow {fallback} on {device}: {reason}"
     # numba and the reference give the same bits and no GPU time is lost, so that one only warns
     if preferred == "triton" and strict():
         raise FallbackError(text + "; SHARED_KERNELS_STRICT=1 forbids it")
     _warn_once(op, text)
-    return "reference"
+    return fallback
 
 
 def declare(
@@ -143,7 +144,8 @@ def declare(
             ``"scale_(Tensor(a!) x, float factor) -> ()"``. The first argument must be a tensor, or
             a list of at least one: its device decides. An argument ``str impl`` is appended.
         implementations: Functions of the schema's arguments, positional, keyed by ``reference``
-            (required), ``triton`` and ``numba``. They import what they need inside.
+            (required), ``triton``, ``numba`` and ``split`` (plain torch, faster than the
+            definition). They import what they need inside.
         fake: Function of the schema's arguments that returns empty outputs.
         unsupported: Function of the schema's arguments that says why the Triton kernel cannot take
             them, or None.

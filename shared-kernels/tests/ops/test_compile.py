@@ -1,4 +1,4 @@
-"""The segment kernels compile for Hopper, on a machine without a GPU.
+"""The kernels compile for Hopper, on a machine without a GPU.
 
 The interpreter runs what no compiler pass has seen: a kernel can be right there and not compile.
 """
@@ -12,24 +12,25 @@ import sys
 from pathlib import Path
 
 import pytest
-from shared_kernels.ops import dp
+from shared_kernels.ops import dp, prefix_attention
 
-SCRIPT = Path(__file__).with_name("compile_dp_launches.py")
+FAMILIES = {"dp": dp, "prefix": prefix_attention}
 
 
-def kernels():
+def kernels(folder):
     """Names of the kernels in the sources, by their files."""
-    folder = Path(dp.__file__).parent
-    for file in ("triton", "triton_tma"):
+    for file in (path.stem for path in folder.glob("triton*.py")):
         for name in re.findall(r"^def (\w+_kernel)", (folder / f"{file}.py").read_text(), re.M):
             yield f"{file}.{name}"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
-def test_every_kernel_compiles_for_hopper():
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_kernel_compiles_for_hopper(family):
+    script = Path(__file__).with_name(f"compile_{family}_launches.py")
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, SCRIPT], env=env, capture_output=True, text=True, timeout=600, check=False
+        [sys.executable, script], env=env, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert set(json.loads(done.stdout)) == set(kernels())
+    assert set(json.loads(done.stdout)) == set(kernels(Path(FAMILIES[family].__file__).parent))

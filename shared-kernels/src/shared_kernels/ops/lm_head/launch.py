@@ -1,0 +1,107 @@
+"""The streaming core: a block of logits by the matrix library, one pass over it by a kernel."""
+
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from shared_kernels._library import interpreting
+from shared_kernels.errors import KernelUnavailableError
+from shared_kernels.ops.lm_head.reference import empty_results, finish
+
+#: Rows and columns of a block of logits: large enough for the matrix library, small beside a model.
+ROWS: Final = 2048
+COLUMNS: Final = 16384
+
+
+def unsupported(hidden: Tensor, *args: Any) -> str | None:
+    """Say why the kernel cannot take these arguments, or None."""
+    return "float64 has no kernel" if hidden.dtype == torch.float64 else None
+
+
+def _product(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
+    """Multiply into float32 without rounding the sums to 16 bits."""
+    if hidden.dtype == torch.float32:
+        torch.mm(hidden, weight.T, out=out)
+    elif hidden.is_cuda:
+        torch.mm(hidden, weight.T, out_dtype=torch.float32, out=out)
+    else:
+        torch.mm(hidden.float(), weight.float().T, out=out)
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    rows: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    entropy: bool,
+    top_k: int,
+) -> tuple[Tensor, ...]:
+    """Compute what `reference.linear_logprob` defines, block by block of rows and of the head."""
+    if (reason := unsupported(hidden)) is not None:
+        raise KernelUnavailableError(f"impl='triton' cannot run: {reason}; use impl='reference'")
+    from shared_kernels.ops.lm_head import triton as kernels
+
+    results = empty_results(hidden, targets, top_k)
+    logprob, lse, argmax, entropies, top_values, top_indices = results
+    count, vocabulary = hidden.shape[0], weight.shape[0]
+    # a target outside the vocabulary is never picked
+    logprob.fill_(float("nan"))
+    argmax.zero_()
+    top_values.fill_(float("-inf"))
+    peak = torch.full_like(lse, float("-inf"))
+    total, moment = torch.zeros_like(lse), torch.zeros_like(lse)
+    # a row's targets, one after the other
+    order = torch.argsort(rows, stable=True)
+    starts = torch.zeros(count + 1, dtype=torch.int64, device=rows.device)
+    starts[1:] = torch.bincount(rows, minlength=count).cumsum(0)
+    block = hidden.new_empty(min(ROWS, count) * min(COLUMNS, vocabulary), dtype=torch.float32)
+    # launch options are not part of the function's signature
+    kernel: Any = kernels.logits_kernel
+    with torch.cuda.device_of(hidden):
+        for low in range(0, count, ROWS):
+            part = slice(low, min(count, low + ROWS))
+            for first in range(0, vocabulary, COLUMNS):
+                width = min(COLUMNS, vocabulary - first)
+                logits = block[: (part.stop - low) * width].view(-1, width)
+                seen = slice(first, first + width)
+                _product(hidden[part], weight[seen], logits)
+                kernel[(len(logits),)](
+                    logits,
+                    bias,
+                    targets,
+                    order,
+                    starts,
+                    logprob,
+                    peak,
+                    argmax,
+                    total,
+                    moment,
+                    low,
+                    width,
+                    first,
+                    width,
+                    scale,
+                    0.0 if softcap is None else softcap,
+                    SOFTCAP=softcap is not None,
+                    ENTROPY=entropy,
+                    BLOCK=1024 if interpreting() else 4096,
+                    num_warps=8,
+                )
+                if top_k:
+                    part_bias = None if bias is None else bias[seen]
+                    logits = finish(logits, part_bias, scale, softcap)
+                    values, indices = logits.topk(min(top_k, width))
+                    values = torch.cat([top_values[part], values], 1)
+                    indices = torch.cat([top_indices[part], indices + first], 1)
+                    top_values[part], chosen = values.topk(top_k)
+                    top_indices[part] = indices.gather(1, chosen)
+    torch.add(peak, total.log(), out=lse)
+    logprob -= lse[rows]
+    top_values -= lse[:, None]
+    if entropy:
+        torch.sub(lse, moment / total, out=entropies)
+    return results

@@ -1,0 +1,163 @@
+"""Launches of the attention kernels."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from shared_kernels._autotune import choose
+from shared_kernels._library import interpreting
+from shared_kernels.errors import KernelUnavailableError
+from shared_kernels.ops.prefix_attention import layout
+
+#: (token, head of a group) pairs of a tile.
+_PAIRS: Final = 128
+_MAX_DIM: Final = 256
+_LOG2E: Final = 1.4426950408889634
+#: Launch options, the default first, by bytes of an element.
+CONFIGS = {
+    2: tuple(
+        {"num_warps": warps, "num_stages": stages} for warps, stages in ((8, 2), (8, 3), (4, 2))
+    ),
+    4: tuple({"num_warps": warps, "num_stages": stages} for warps, stages in ((8, 1), (4, 1))),
+}
+
+
+def tile_width(group: int) -> int:
+    """Return how many queries a tile holds when ``group`` query heads share a key head."""
+    return max(1, _PAIRS // group)
+
+
+def blocks(dim: int, element_size: int) -> tuple[int, int]:
+    """Return how many keys a step takes from a range, and from a row's own keys.
+
+    They set the order of the sums, so they depend on nothing that tuning or other rows change.
+    """
+    if element_size == 4:
+        return (32, 32) if dim <= 128 else (16, 16)
+    return (64, 32) if dim <= 128 else (32, 32)
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def unsupported(q: Tensor, *args: Any) -> str | None:
+    """Say why no kernel can take these arguments, or None."""
+    tensors = (q, *(arg for arg in args if isinstance(arg, Tensor)))
+    if any(t.dtype == torch.float64 for t in tensors):
+        return "float64 has no kernel"
+    if args and max(q.shape[-1], args[1].shape[-1]) > _MAX_DIM:
+        return f"heads have more than {_MAX_DIM} dimensions"
+    if args and q.shape[1] // args[0].shape[1] > _PAIRS:
+        return f"more than {_PAIRS} query heads share a key head"
+    if q.is_cuda and _capability(q.device) < (8, 0):
+        return f"it needs compute capability 8.0, this GPU has {_capability(q.device)}"
+    return None
+
+
+def _kernels(*tensors: Any) -> Any:
+    """Import the kernels; launch options are not part of their signatures, hence Any."""
+    reason = unsupported(*tensors)
+    if reason is not None:
+        raise KernelUnavailableError(f"impl='triton' cannot run: {reason}; use impl='reference'")
+    from shared_kernels.ops.prefix_attention import triton
+
+    return triton
+
+
+def _power_of_two(size: int) -> int:
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def prefix_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    shared_k: Tensor,
+    shared_v: Tensor,
+    rows: Tensor,
+    token_rows: Tensor,
+    tiles: Tensor,
+    host_rows: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Compute what `reference.prefix_attention` defines."""
+    kernel = _kernels(q, k, v, shared_k, shared_v).prefix_attention_kernel
+    out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+    lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+    if not out.numel():
+        return out, lse.fill_(float("-inf"))
+    dim, value_dim, heads = q.shape[2], v.shape[2], k.shape[1]
+    size = _power_of_two(max(dim, value_dim))
+    keys, own_keys = blocks(size, q.element_size())
+
+    def launch(config: Mapping[str, int]) -> None:
+        kernel[(tiles.shape[0], heads)](
+            q,
+            k,
+            v,
+            shared_k,
+            shared_v,
+            sinks,
+            out,
+            lse,
+            rows,
+            token_rows,
+            tiles,
+            *(stride for x in (q, k, v, shared_k, shared_v) for stride in x.stride()[:2]),
+            scale * _LOG2E if softcap is None else scale / softcap,
+            0.0 if softcap is None else softcap * _LOG2E,
+            window or 0,
+            GROUP=q.shape[1] // heads,
+            D=dim,
+            DV=value_dim,
+            BD=_power_of_two(dim),
+            BDV=_power_of_two(value_dim),
+            BM=_PAIRS,
+            BN=keys,
+            OWN_BN=own_keys,
+            DEPTH=(rows.shape[1] - layout.ANCESTORS) // 2,
+            WINDOW=window is not None,
+            SOFTCAP=softcap is not None,
+            WIDEN=interpreting(),
+            **config,
+        )
+
+    with torch.cuda.device_of(q):
+        kind = f"{str(q.dtype).removeprefix('torch.')}-{size}"
+        launch(choose("prefix_attention", kind, CONFIGS[q.element_size()], launch))
+    return out, lse
+
+
+def merge_states(
+    outs: list[Tensor], lses: list[Tensor], sinks: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Compute what `reference.merge_states` defines."""
+    kernel = _kernels(outs[0]).merge_kernel
+    first = outs[0]
+    out, lse = torch.empty_like(first), torch.empty_like(lses[0])
+    if first.numel():
+        pairs, width = lse.numel(), first.shape[2]
+        columns = _power_of_two(width)
+        block = max(1, 4096 // columns)
+        with torch.cuda.device_of(first):
+            kernel[(-(-pairs // block),)](
+                tuple(outs),
+                tuple(lses),
+                sinks,
+                out,
+                lse,
+                pairs,
+                first.shape[1],
+                width,
+                BLOCK=block,
+                BDV=columns,
+            )
+    return out, lse
