@@ -192,7 +192,8 @@ def test_an_operator_that_is_wrong_is_not_trusted(monkeypatch):
     dense._trusted.cache_clear()
     right = dense._fused
     monkeypatch.setattr(dense, "_fused", lambda *args: (right(*args)[0], right(*args)[1] * 1.4427))
-    assert not dense._trusted("cpu", torch.float32, 16)
+    with pytest.warns(RuntimeWarning, match="differs from plain arithmetic"):
+        assert not dense._trusted("cpu", torch.float32, 16)
     dense._trusted.cache_clear()
 
 
@@ -243,6 +244,7 @@ BAD = {
     ),
     "short": (lambda t: (t[0], t[1][:-1], t[2][:-1], *t[3:]), {}, ValueError, "at least the 7"),
     "prefix": (lambda t: (*t[:3], t[3][1:], t[4][1:]), {}, ValueError, "at least the 6"),
+    "scale": (lambda t: t, {"scale": -1.0}, ValueError, "scale: expected a positive"),
     "window": (lambda t: t, {"window": 0}, ValueError, "window: expected a positive"),
     "softcap": (lambda t: t, {"softcap": -1.0}, ValueError, "softcap: expected a positive"),
     "sinks": (lambda t: t, {"sinks": torch.zeros(3)}, ValueError, "sinks: expected shape"),

@@ -41,7 +41,7 @@ def shared_prefix_attention(
         shared_k: ``(M, Hkv, D)``, keys that many rows see.
         shared_v: ``(M, Hkv, Dv)``.
         layout: What each row sees.
-        scale: Of the inner products; ``D ** -0.5`` by default.
+        scale: Of the inner products, positive; ``D ** -0.5`` by default.
         window: Keys ``window`` or more positions behind a query are hidden (sliding window).
         softcap: Logits become ``softcap tanh(logit / softcap)``.
         sinks: float ``(Hq,)``, a logit per head that joins the softmax with value 0.
@@ -76,7 +76,7 @@ def shared_prefix_attention(
             raise ValueError(
                 message(name, f"at least the {reach} keys of the layout", keys, remedy)
             )
-    for name, option in (("window", window), ("softcap", softcap)):
+    for name, option in (("scale", scale), ("window", window), ("softcap", softcap)):
         if option is not None and not option > 0:
             raise ValueError(message(name, "a positive number or None", option, "leave it out"))
     tables = layout.tables(q.device, launch.tile_width(heads // k.shape[1]))

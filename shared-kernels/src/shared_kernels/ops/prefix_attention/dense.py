@@ -7,6 +7,7 @@ missing, or differs, plain arithmetic in blocks does the work.
 
 import functools
 import math
+import warnings
 
 import torch
 from torch import Tensor
@@ -84,9 +85,18 @@ def _trusted(device: str, dtype: torch.dtype, dim: int) -> bool:
         expected = _plain(q, keys, values, 1 / math.sqrt(dim), causal)
         try:
             found = _fused(q, keys, values, 1 / math.sqrt(dim), causal)
-        except (AttributeError, RuntimeError, TypeError):
-            return False
+        except (AttributeError, RuntimeError, TypeError) as error:
+            return _distrust(f"raised {error!r}")
         for a, b in zip(found, expected, strict=True):
             if a.shape != b.shape or not torch.allclose(a.to(b.dtype), b, atol=bound, rtol=bound):
-                return False
+                return _distrust("differs from plain arithmetic")
     return True
+
+
+def _distrust(reason: str) -> bool:
+    warnings.warn(
+        f"torch's fused attention {reason}; prefix attention takes slower, plain arithmetic",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return False

@@ -53,40 +53,49 @@ def _attend(
     """Take one block of keys, ``start + index``, into the running softmax.
 
     A query sees the keys whose index is below ``visible`` and, with a window, less than that
-    behind ``ahead``, its place in front of the range's first key.
+    behind ``ahead``, its place in front of the range's first key; without MASK it sees them all.
     """
     dims = tl.arange(0, BD)
     columns = tl.arange(0, BDV)
     place = (start + index).to(tl.int64)
-    inside = index < bound
-    k = tl.load(
-        k_ptr + place[None, :] * k_row + dims[:, None],
-        mask=inside[None, :] & (dims < D)[:, None],
-        other=0.0,
-    )
-    v = tl.load(
-        v_ptr + place[:, None] * v_row + columns[None, :],
-        mask=inside[:, None] & (columns < DV)[None, :],
-        other=0.0,
-    )
+    k_place = k_ptr + place[None, :] * k_row + dims[:, None]
+    v_place = v_ptr + place[:, None] * v_row + columns[None, :]
+    if MASK:
+        inside = index < bound
+        k = tl.load(k_place, mask=inside[None, :] & (dims < D)[:, None], other=0.0)
+        v = tl.load(v_place, mask=inside[:, None] & (columns < DV)[None, :], other=0.0)
+    else:
+        k = _load(k_place, (dims < D)[:, None], D == BD)
+        v = _load(v_place, (columns < DV)[None, :], DV == BDV)
     if WIDEN:
         k = k.to(tl.float32)
         v = v.to(tl.float32)
-    z = tl.dot(q, k, input_precision="ieee") * scale
+    z = tl.dot(q, k, input_precision="ieee")
+    factor = scale
     if SOFTCAP:
-        z = softcap * tanh(z)
+        z = tanh(z * scale)
+        factor = softcap
     if MASK:
         seen = index[None, :] < visible[:, None]
         if WINDOW:
             seen = seen & (ahead[:, None] - index[None, :] < window)
         z = tl.where(seen, z, float("-inf"))
-    higher = tl.maximum(peak, tl.max(z, 1))
-    safe = tl.where(higher == float("-inf"), 0.0, higher)
-    p = tl.exp2(z - safe[:, None])
+    higher = tl.maximum(peak, tl.max(z, 1) * factor)
+    safe = higher
+    if MASK:
+        safe = tl.where(higher == float("-inf"), 0.0, higher)
+    p = tl.exp2(z * factor - safe[:, None])
     shrink = tl.exp2(peak - safe)
     total = total * shrink + tl.sum(p, 1)
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
     return acc, total, higher
+
+
+@triton.jit
+def _load(place, mask, ALL: tl.constexpr):
+    if ALL:
+        return tl.load(place)
+    return tl.load(place, mask=mask, other=0.0)
 
 
 @triton.jit
