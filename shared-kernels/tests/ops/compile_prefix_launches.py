@@ -22,7 +22,9 @@ if __name__ == "__main__":
                 [5, 3, 2], prefix=70, ancestors=[[], [(0, 2)], [(0, 5)]], group=group, dim=dim,
                 value_dim=value_dim, **options,
             ).to(dtype=dtype)  # fmt: skip
-            tables = problem.layout.tables(torch.device("cpu"), launch.tile_width(group))
+            tables = problem.layout.tables(
+                torch.device("cpu"), *launch.tiling(*problem.tensors[:3])
+            )
             more = (options.get("window"), options.get("softcap"), problem.options.get("sinks"))
             out, lse = launch.prefix_attention(
                 *problem.tensors, *tables, problem.layout.rows, 0.1, *more

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from shared_kernels.ops.prefix_attention import (
     PrefixLayout,
     dense,
+    launch,
     merge_attention_states,
     op,
     shared_prefix_attention,
@@ -213,9 +214,9 @@ def test_tiles_never_mix_ranges():
     layout = PrefixLayout.build(
         [5, 5, 5], shared=[(0, 4), (0, 2), (3, 1)], ancestors=[[], [(0, 0)], [(0, 2)]]
     )
-    tables = layout.tables(torch.device("cpu"), 4)
-    assert tables.tiles.tolist() == [[0, 4], [4, 8], [8, 10], [10, 14], [14, 15]]
-    assert tables.token_rows.tolist() == [0] * 5 + [1] * 5 + [2] * 5
+    tables = layout.tables(torch.device("cpu"), 4, 32)
+    assert tables.tiles[:, :2].tolist() == [[0, 4], [4, 8], [8, 10], [10, 14], [14, 15]]
+    assert tables.lanes[:, 0].tolist() == [0] * 5 + [1] * 5 + [2] * 5
 
 
 @pytest.mark.parametrize(
@@ -283,7 +284,7 @@ def test_op_checklist(kernel_device, impl):
         problem = make_problem(
             [size, 0, 1], prefix=size, ancestors=[[], [], [(0, size // 2)]], sinks=True
         ).to(device)
-        tables = problem.layout.tables(torch.device(device), 64)
+        tables = launch.tables(problem.layout, *problem.tensors[:3])
         options = (0.3, 7, 2.0, problem.options["sinks"], impl)
         return (*problem.tensors, *tables, problem.layout.rows.clone(), *options)
 

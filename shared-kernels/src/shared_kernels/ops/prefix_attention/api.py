@@ -79,10 +79,9 @@ def shared_prefix_attention(
     for name, option in (("scale", scale), ("window", window), ("softcap", softcap)):
         if option is not None and not option > 0:
             raise ValueError(message(name, "a positive number or None", option, "leave it out"))
-    tables = layout.tables(q.device, launch.tile_width(heads // k.shape[1]))
     return op.prefix_attention(
         *(x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, shared_k, shared_v)),
-        *tables,
+        *launch.tables(layout, q, k, v),
         layout.rows,
         dim**-0.5 if scale is None else float(scale),
         window,

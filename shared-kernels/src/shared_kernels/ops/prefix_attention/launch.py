@@ -10,7 +10,7 @@ from torch import Tensor
 from shared_kernels._autotune import choose
 from shared_kernels._library import interpreting
 from shared_kernels.errors import KernelUnavailableError
-from shared_kernels.ops.prefix_attention import layout
+from shared_kernels.ops.prefix_attention.layout import PrefixLayout, Tables
 
 #: (token, head of a group) pairs of a tile.
 _PAIRS: Final = 128
@@ -25,19 +25,27 @@ CONFIGS = {
 }
 
 
-def tile_width(group: int) -> int:
-    """Return how many queries a tile holds when ``group`` query heads share a key head."""
-    return max(1, _PAIRS // group)
+def block_keys(dim: int, element_size: int) -> int:
+    """Return how many keys a step takes.
 
-
-def blocks(dim: int, element_size: int) -> tuple[int, int]:
-    """Return how many keys a step takes from a range, and from a row's own keys.
-
-    They set the order of the sums, so they depend on nothing that tuning or other rows change.
+    It sets the order of the sums, so it depends on nothing that tuning or other rows change.
     """
     if element_size == 4:
-        return (32, 32) if dim <= 128 else (16, 16)
-    return (64, 32) if dim <= 128 else (32, 32)
+        return 32 if dim <= 128 else 16
+    return 64 if dim <= 128 else 32
+
+
+def tiling(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int]:
+    """Return how many queries a tile holds, and how many keys a block."""
+    size = _power_of_two(max(q.shape[2], v.shape[2]))
+    return max(1, _PAIRS // (q.shape[1] // k.shape[1])), block_keys(size, q.element_size())
+
+
+def tables(layout: PrefixLayout, q: Tensor, k: Tensor, v: Tensor) -> Tables:
+    """Return the kernel's tables, or empty ones where no kernel can run."""
+    if not q.is_cuda and not interpreting():
+        return Tables(*(q.new_empty(0, dtype=torch.int32) for _ in Tables._fields))
+    return layout.tables(q.device, *tiling(q, k, v))
 
 
 @functools.cache
@@ -79,10 +87,10 @@ def prefix_attention(
     v: Tensor,
     shared_k: Tensor,
     shared_v: Tensor,
-    rows: Tensor,
-    token_rows: Tensor,
+    lanes: Tensor,
     tiles: Tensor,
-    host_rows: Tensor,
+    blocks: Tensor,
+    rows: Tensor,
     scale: float,
     window: int | None,
     softcap: float | None,
@@ -96,7 +104,6 @@ def prefix_attention(
         return out, lse.fill_(float("-inf"))
     dim, value_dim, heads = q.shape[2], v.shape[2], k.shape[1]
     size = _power_of_two(max(dim, value_dim))
-    keys, own_keys = blocks(size, q.element_size())
 
     def launch(config: Mapping[str, int]) -> None:
         kernel[(tiles.shape[0], heads)](
@@ -108,9 +115,9 @@ def prefix_attention(
             sinks,
             out,
             lse,
-            rows,
-            token_rows,
+            lanes,
             tiles,
+            blocks,
             *(stride for x in (q, k, v, shared_k, shared_v) for stride in x.stride()[:2]),
             scale * _LOG2E if softcap is None else scale / softcap,
             0.0 if softcap is None else softcap * _LOG2E,
@@ -121,9 +128,8 @@ def prefix_attention(
             BD=_power_of_two(dim),
             BDV=_power_of_two(value_dim),
             BM=_PAIRS,
-            BN=keys,
-            OWN_BN=own_keys,
-            DEPTH=(rows.shape[1] - layout.ANCESTORS) // 2,
+            BN=block_keys(size, q.element_size()),
+            COLUMNS=lanes.shape[1],
             WINDOW=window is not None,
             SOFTCAP=softcap is not None,
             WIDEN=interpreting(),

@@ -23,18 +23,23 @@ Range = tuple[int, int]
 
 
 class Tables(NamedTuple):
-    """What a kernel reads, on one device.
+    """What the kernel reads, on one device; all int32.
 
     Attributes:
-        rows: int32 ``(N, 6 + 2A)``, as `PrefixLayout.rows`.
-        token_rows: int32 ``(T,)``, the row of each query.
-        tiles: int32 ``(n, 2)``, first query and end of each tile. The rows of a tile differ in
-            how much they see of a range, never in where it starts.
+        lanes: ``(T, 5 + 2A)``: the row of each query, then for the shared range, each ancestor and
+            the own keys how many of them the query sees from their start on, and how far it
+            stands in front of the first.
+        tiles: ``(n, 7)``: first query and end of a tile, start of the shared range, how many
+            whole blocks' keys of it all queries see, how far the one furthest back stands in
+            front of its first key, and first and end of the blocks that follow.
+        blocks: ``(m, 6)``: further blocks of keys: whether they are shared, first key, number of
+            keys, column of the lanes, place of the first key in its range, and the row they
+            belong to, or -1.
     """
 
-    rows: Tensor
-    token_rows: Tensor
+    lanes: Tensor
     tiles: Tensor
+    blocks: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +56,7 @@ class PrefixLayout:
     """
 
     rows: Tensor
-    _tables: dict[tuple[torch.device, int], Tables] = field(default_factory=dict, repr=False)
+    _tables: dict[tuple[torch.device, int, int], Tables] = field(default_factory=dict, repr=False)
 
     @classmethod
     def build(
@@ -114,15 +119,15 @@ class PrefixLayout:
         index = np.arange(self.queries)
         return torch.from_numpy(index + np.repeat(first - table[:, QUERY], table[:, QUERIES]))
 
-    def tables(self, device: torch.device, width: int) -> Tables:
-        """Return the tables of a kernel whose tiles hold up to ``width`` queries."""
-        found = self._tables.get((device, width))
+    def tables(self, device: torch.device, width: int, block: int) -> Tables:
+        """Return the tables for tiles of up to ``width`` queries and blocks of ``block`` keys."""
+        found = self._tables.get((device, width, block))
         if found is None:
-            table = self.rows.numpy()
-            token_rows = np.repeat(np.arange(len(table), dtype=np.int32), table[:, QUERIES])
-            made = (self.rows, torch.from_numpy(token_rows), torch.from_numpy(_tiles(table, width)))
-            found = Tables(*(t.to(device, non_blocking=True) for t in made))
-            self._tables[device, width] = found
+            made = _tables(self.rows.numpy().astype(np.int64), width, block)
+            found = Tables(
+                *(torch.from_numpy(t.astype(np.int32)).to(device, non_blocking=True) for t in made)
+            )
+            self._tables[device, width, block] = found
         return found
 
 
@@ -141,15 +146,104 @@ def groups(table: np.ndarray, columns: Sequence[int]) -> list[Range]:
     return list(pairwise(bounds))
 
 
-def _tiles(table: np.ndarray, width: int) -> np.ndarray:
-    starts = [SHARED, *range(ANCESTORS, table.shape[1], 2)]
+def _tables(table: np.ndarray, width: int, block: int) -> tuple[np.ndarray, ...]:
     table = table[table[:, QUERIES] > 0]
+    columns = (SHARED, *range(ANCESTORS, table.shape[1], 2))
+    if not len(table):
+        shapes = ((0, 3 + 2 * len(columns)), (0, 7), (0, 6))
+        return tuple(np.zeros(shape, dtype=np.int64) for shape in shapes)
+    token_rows = np.repeat(np.arange(len(table)), table[:, QUERIES])
+    lanes = _lanes(table, columns, token_rows)
+    first, end = _tiles(table, columns, width)
+    row0, row1 = token_rows[first], token_rows[end - 1]
+    tiles = np.zeros((len(first), 7), dtype=np.int64)
+    tiles[:, 0], tiles[:, 1] = first, end
+    tiles[:, 2] = table[row0, SHARED]
+    tiles[:, 3] = _reduce(np.minimum, table[:, PREFIX], row0, row1) // block * block
+    # of the queries of a tile, the first of a row stands furthest back
+    tiles[:, 4] = np.minimum.reduceat(lanes[:, 2], first)
     parts = []
-    for low, high in groups(table, starts):
+    for place, column in enumerate(columns):
+        seen = _reduce(np.maximum, table[:, column + 1], row0, row1)
+        low = tiles[:, 3] if column == SHARED else np.zeros_like(seen)
+        tile, offset = _expand(np.maximum(seen - low, 0), block)
+        offset += low[tile]
+        parts.append(
+            _blocks(
+                tile, column == SHARED, table[row0[tile], column], offset, seen[tile], block,
+                1 + 2 * place, -1,
+            )
+        )  # fmt: skip
+    tile = np.repeat(np.arange(len(first)), row1 - row0 + 1)
+    row = row0[tile] + _counting(row1 - row0 + 1)
+    queries = table[row, QUERIES]
+    seen = table[row, KEYS] - queries + np.minimum(end[tile] - table[row, QUERY], queries)
+    pair, offset = _expand(seen, block)
+    own, last = row[pair], 1 + 2 * len(columns)
+    parts.append(_blocks(tile[pair], False, table[own, OWN], offset, seen[pair], block, last, own))
+    blocks = np.concatenate(parts)
+    blocks = blocks[np.argsort(blocks[:, 0], kind="stable")]
+    tiles[:, 5] = np.searchsorted(blocks[:, 0], np.arange(len(first)))
+    tiles[:, 6] = np.searchsorted(blocks[:, 0], np.arange(len(first)), side="right")
+    return lanes, tiles, blocks[:, 1:]
+
+
+def _lanes(table: np.ndarray, columns: Sequence[int], token_rows: np.ndarray) -> np.ndarray:
+    rows = table[token_rows]
+    own = rows[:, KEYS] - rows[:, QUERIES] + np.arange(len(rows)) - rows[:, QUERY] + 1
+    lengths = [rows[:, column + 1] for column in columns]
+    ahead = own - 1 + sum(lengths)
+    lanes = [token_rows]
+    for length in lengths:
+        lanes += [length, ahead]
+        ahead = ahead - length
+    return np.stack([*lanes, own, ahead], 1)
+
+
+def _tiles(table: np.ndarray, columns: Sequence[int], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cut the queries into tiles whose rows see ranges that start at the same places."""
+    parts = []
+    for low, high in groups(table, columns):
         begin, end = table[low, QUERY], table[high - 1, QUERY] + table[high - 1, QUERIES]
-        first = np.arange(begin, end, width, dtype=np.int32)
-        parts.append(np.stack([first, np.minimum(first + width, end)], 1).astype(np.int32))
-    return np.concatenate(parts) if parts else np.zeros((0, 2), dtype=np.int32)
+        first = np.arange(begin, end, width)
+        parts.append((first, np.minimum(first + width, end)))
+    first, end = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return first, end
+
+
+def _reduce(ufunc: np.ufunc, values: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Reduce ``values[low : high + 1]`` for each pair of bounds."""
+    bounds = np.stack([low, high + 1], 1).reshape(-1)
+    return ufunc.reduceat(np.append(values, values[-1:]), bounds)[::2]
+
+
+def _counting(counts: np.ndarray) -> np.ndarray:
+    """Return 0, 1, ... up to each count, one after the other."""
+    ends = np.cumsum(counts)
+    return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - counts, counts)
+
+
+def _expand(lengths: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return index and offset of each block of ranges with these lengths."""
+    counts = -(-lengths // block)
+    return np.repeat(np.arange(len(lengths)), counts), _counting(counts) * block
+
+
+def _blocks(
+    tile: np.ndarray,
+    shared: bool,
+    start: np.ndarray,
+    offset: np.ndarray,
+    seen: np.ndarray,
+    block: int,
+    column: int,
+    row: np.ndarray | int,
+) -> np.ndarray:
+    made = np.zeros((len(tile), 7), dtype=np.int64)
+    made[:, 0], made[:, 1] = tile, shared
+    made[:, 2], made[:, 3] = start + offset, np.minimum(seen - offset, block)
+    made[:, 4], made[:, 5], made[:, 6] = column, offset, row
+    return made
 
 
 def _ranges(name: str, ranges: Range | Sequence[Range], n: int) -> np.ndarray:

@@ -25,9 +25,9 @@ def _fake_merge(outs: list[Tensor], lses: list[Tensor], sinks: Tensor | None) ->
 
 
 prefix_attention = declare(
-    "prefix_attention(Tensor q, Tensor k, Tensor v, Tensor shared_k, Tensor shared_v, Tensor rows,"
-    " Tensor token_rows, Tensor tiles, Tensor host_rows, float scale, SymInt? window,"
-    " float? softcap, Tensor? sinks) -> (Tensor, Tensor)",
+    "prefix_attention(Tensor q, Tensor k, Tensor v, Tensor shared_k, Tensor shared_v, Tensor lanes,"
+    " Tensor tiles, Tensor blocks, Tensor rows, float scale, SymInt? window, float? softcap,"
+    " Tensor? sinks) -> (Tensor, Tensor)",
     implementations={
         "reference": reference.prefix_attention,
         "split": split.prefix_attention,

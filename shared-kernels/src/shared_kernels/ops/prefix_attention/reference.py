@@ -15,10 +15,10 @@ def prefix_attention(
     v: Tensor,
     shared_k: Tensor,
     shared_v: Tensor,
-    rows: Tensor,
-    token_rows: Tensor,
+    lanes: Tensor,
     tiles: Tensor,
-    host_rows: Tensor,
+    blocks: Tensor,
+    rows: Tensor,
     scale: float,
     window: int | None,
     softcap: float | None,
@@ -34,7 +34,7 @@ def prefix_attention(
     out = q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
     lse = q.new_full(q.shape[:2], float("-inf"), dtype=dtype)
     heads = k.shape[1]
-    for q0, count, own, length, start, prefix, *ancestors in host_rows.tolist():
+    for q0, count, own, length, start, prefix, *ancestors in rows.tolist():
         if not count:
             continue
         ranges = list(zip(ancestors[::2], ancestors[1::2], strict=True))

@@ -35,17 +35,17 @@ def prefix_attention(
     v: Tensor,
     shared_k: Tensor,
     shared_v: Tensor,
-    rows: Tensor,
-    token_rows: Tensor,
+    lanes: Tensor,
     tiles: Tensor,
-    host_rows: Tensor,
+    blocks: Tensor,
+    rows: Tensor,
     scale: float,
     window: int | None,
     softcap: float | None,
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Compute what `reference.prefix_attention` defines."""
-    table = host_rows.numpy().astype(np.int64)
+    table = rows.numpy().astype(np.int64)
     table = table[table[:, QUERIES] > 0]
     work = _Work(q, k.shape[1], v.shape[2], table, scale, window, softcap)
     base = np.zeros(len(table), dtype=np.int64)

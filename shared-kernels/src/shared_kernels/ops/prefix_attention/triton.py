@@ -1,24 +1,17 @@
 """Attention over a shared prefix in Triton: one program per key head and tile of queries.
 
 A tile holds the queries of up to 128 (token, head of the group) pairs of consecutive rows that see
-the same ranges. It walks each range from its start in blocks of fixed size, and then the own keys
-row by row, so what a row computes does not depend on the rows beside it. ``WIDEN`` turns 16-bit
+the same ranges. It walks the shared keys that all of them see, and then the blocks that its table
+lists: what remains of the ranges, and the own keys row by row. Blocks have one size and begin where
+a range begins, so what a row computes does not depend on the rows beside it. ``WIDEN`` turns 16-bit
 operands into float32 before a dot, which the interpreter needs.
 """
 
 import triton
 import triton.language as tl
 
-from shared_kernels.ops.prefix_attention import layout
 from shared_kernels.ops.triton_math import tanh
 
-_QUERY = tl.constexpr(layout.QUERY)
-_QUERIES = tl.constexpr(layout.QUERIES)
-_OWN = tl.constexpr(layout.OWN)
-_KEYS = tl.constexpr(layout.KEYS)
-_SHARED = tl.constexpr(layout.SHARED)
-_PREFIX = tl.constexpr(layout.PREFIX)
-_ANCESTORS = tl.constexpr(layout.ANCESTORS)
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
 
@@ -29,11 +22,8 @@ def _attend(
     total,
     peak,
     q,
-    k_ptr,
-    v_ptr,
-    k_row,
-    v_row,
-    start,
+    k_place,
+    v_place,
     index,
     bound,
     visible,
@@ -50,16 +40,13 @@ def _attend(
     SOFTCAP: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """Take one block of keys, ``start + index``, into the running softmax.
+    """Take one block of keys into the running softmax.
 
     A query sees the keys whose index is below ``visible`` and, with a window, less than that
-    behind ``ahead``, its place in front of the range's first key; without MASK it sees them all.
+    behind ``ahead``, its place in front of the first; without MASK it sees all.
     """
     dims = tl.arange(0, BD)
     columns = tl.arange(0, BDV)
-    place = (start + index).to(tl.int64)
-    k_place = k_ptr + place[None, :] * k_row + dims[:, None]
-    v_place = v_ptr + place[:, None] * v_row + columns[None, :]
     if MASK:
         inside = index < bound
         k = tl.load(k_place, mask=inside[None, :] & (dims < D)[:, None], other=0.0)
@@ -98,11 +85,6 @@ def _load(place, mask, ALL: tl.constexpr):
     return tl.load(place, mask=mask, other=0.0)
 
 
-@triton.jit
-def _field(rows_ptr, row, column, live, COLUMNS: tl.constexpr):
-    return tl.load(rows_ptr + row.to(tl.int64) * COLUMNS + column, mask=live, other=0)
-
-
 @triton.jit(do_not_specialize=["scale", "softcap", "window"])
 def prefix_attention_kernel(
     q_ptr,
@@ -113,9 +95,9 @@ def prefix_attention_kernel(
     sinks_ptr,
     out_ptr,
     lse_ptr,
-    rows_ptr,
-    token_rows_ptr,
+    lanes_ptr,
     tiles_ptr,
+    blocks_ptr,
     q_row,
     q_head,
     k_row,
@@ -136,26 +118,30 @@ def prefix_attention_kernel(
     BDV: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    OWN_BN: tl.constexpr,
-    DEPTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
     """Attend from one tile of queries. ``scale`` and ``softcap`` are for base-2 exponentials."""
-    COLUMNS: tl.constexpr = _ANCESTORS + 2 * DEPTH
     head = tl.program_id(1)
-    first = tl.load(tiles_ptr + tl.program_id(0) * 2)
-    end = tl.load(tiles_ptr + tl.program_id(0) * 2 + 1)
-    row0 = tl.load(token_rows_ptr + first)
-    row1 = tl.load(token_rows_ptr + end - 1)
+    tile = tiles_ptr + tl.program_id(0) * 7
+    first = tl.load(tile)
+    end = tl.load(tile + 1)
+    start = tl.load(tile + 2).to(tl.int64)
+    full = tl.load(tile + 3)
+    block0 = tl.load(tile + 5)
+    block1 = tl.load(tile + 6)
 
     lane = tl.arange(0, BM)
     token = first + lane // GROUP
     query_head = head * GROUP + lane % GROUP
     live = token < end
-    row = tl.load(token_rows_ptr + token, mask=live, other=0)
+    lanes = lanes_ptr + token.to(tl.int64) * COLUMNS
+    row = tl.load(lanes, mask=live, other=-2)
     dims = tl.arange(0, BD)
+    columns = tl.arange(0, BDV)
+    keys = tl.arange(0, BN)
     q = tl.load(
         q_ptr + token.to(tl.int64)[:, None] * q_row + query_head[:, None] * q_head + dims[None, :],
         mask=live[:, None] & (dims < D)[None, :],
@@ -167,67 +153,48 @@ def prefix_attention_kernel(
     total = tl.zeros((BM,), tl.float32)
     peak = tl.full((BM,), float("-inf"), tl.float32)
 
-    own_visible = (
-        _field(rows_ptr, row, _KEYS, live, COLUMNS)
-        - _field(rows_ptr, row, _QUERIES, live, COLUMNS)
-        + token
-        - _field(rows_ptr, row, _QUERY, live, COLUMNS)
-        + 1
-    )
-    before = _field(rows_ptr, row, _PREFIX, live, COLUMNS)
-    for place in tl.static_range(DEPTH):
-        before += _field(rows_ptr, row, _ANCESTORS + 2 * place + 1, live, COLUMNS)
-    # how far a query stands in front of the first key of the range at hand
-    ahead = before + own_visible - 1
+    low = 0
+    visible = 0
+    ahead = 0
+    if WINDOW:
+        low = tl.maximum(tl.load(tile + 4) - window + 1, 0) // BN * BN
+        visible = tl.load(lanes + 1, mask=live, other=0)
+        ahead = tl.load(lanes + 2, mask=live, other=0)
+    k_shared = shared_k_ptr + head * shared_k_head + dims[:, None]
+    v_shared = shared_v_ptr + head * shared_v_head + columns[None, :]
+    for n in range(low, full, BN):
+        place = start + n + keys
+        acc, total, peak = _attend(
+            acc, total, peak, q,
+            k_shared + place[None, :] * shared_k_row, v_shared + place[:, None] * shared_v_row,
+            n + keys, full, visible, ahead, scale, softcap, window,
+            D, DV, BD, BDV, WINDOW, WINDOW, SOFTCAP, WIDEN,
+        )  # fmt: skip
 
-    # the columns of the ancestors follow those of the shared range
-    for place in tl.static_range(1 + DEPTH):
-        if place == 0:
-            k_base = shared_k_ptr + head * shared_k_head
-            v_base = shared_v_ptr + head * shared_v_head
-            k_step = shared_k_row
-            v_step = shared_v_row
-        else:
-            k_base = k_ptr + head * k_head
-            v_base = v_ptr + head * v_head
-            k_step = k_row
-            v_step = v_row
-        start = tl.load(rows_ptr + row0.to(tl.int64) * COLUMNS + _SHARED + 2 * place)
-        visible = _field(rows_ptr, row, _PREFIX + 2 * place, live, COLUMNS)
-        bound = tl.max(visible)
-        low = 0
-        full = tl.min(tl.where(live, visible, 0x7FFFFFFF)) // BN * BN
+    for n in range(block0, block1):
+        block = blocks_ptr + tl.cast(n, tl.int64) * 6
+        shared = tl.load(block) != 0
+        place = tl.load(block + 1).to(tl.int64) + keys
+        bound = tl.load(block + 2)
+        column = tl.load(block + 3)
+        offset = tl.load(block + 4)
+        owner = tl.load(block + 5)
+        below = tl.load(lanes + column, mask=live, other=0) - offset
+        below = tl.where((owner == row) | (owner == -1), below, 0)
+        behind = 0
         if WINDOW:
-            nearest = tl.min(tl.where(live, ahead, 0x7FFFFFFF))
-            low = tl.maximum(nearest - window + 1, 0) // BN * BN
-            full = low
-        for n in range(low, full, BN):
-            acc, total, peak = _attend(
-                acc, total, peak, q, k_base, v_base, k_step, v_step, start,
-                n + tl.arange(0, BN), bound, visible, ahead, scale, softcap, window,
-                D, DV, BD, BDV, False, WINDOW, SOFTCAP, WIDEN,
-            )  # fmt: skip
-        for n in range(full, bound, BN):
-            acc, total, peak = _attend(
-                acc, total, peak, q, k_base, v_base, k_step, v_step, start,
-                n + tl.arange(0, BN), bound, visible, ahead, scale, softcap, window,
-                D, DV, BD, BDV, True, WINDOW, SOFTCAP, WIDEN,
-            )  # fmt: skip
-        ahead -= visible
-
-    for other in range(row0, row1 + 1):
-        fields = rows_ptr + tl.cast(other, tl.int64) * COLUMNS
-        begin = tl.load(fields + _QUERY)
-        queries = tl.load(fields + _QUERIES)
-        start = tl.load(fields + _OWN)
-        bound = tl.load(fields + _KEYS) - queries + tl.minimum(end - begin, queries)
-        visible = tl.where(row == other, own_visible, 0)
-        for n in range(0, bound, OWN_BN):
-            acc, total, peak = _attend(
-                acc, total, peak, q, k_ptr + head * k_head, v_ptr + head * v_head, k_row, v_row,
-                start, n + tl.arange(0, OWN_BN), bound, visible, ahead, scale, softcap, window,
-                D, DV, BD, BDV, True, WINDOW, SOFTCAP, WIDEN,
-            )  # fmt: skip
+            behind = tl.load(lanes + column + 1, mask=live, other=0) - offset
+        k_base = tl.where(shared, shared_k_ptr + head * shared_k_head, k_ptr + head * k_head)
+        v_base = tl.where(shared, shared_v_ptr + head * shared_v_head, v_ptr + head * v_head)
+        k_step = tl.where(shared, shared_k_row, k_row)
+        v_step = tl.where(shared, shared_v_row, v_row)
+        acc, total, peak = _attend(
+            acc, total, peak, q,
+            k_base + place[None, :] * k_step + dims[:, None],
+            v_base + place[:, None] * v_step + columns[None, :],
+            keys, bound, below, behind, scale, softcap, window,
+            D, DV, BD, BDV, True, WINDOW, SOFTCAP, WIDEN,
+        )  # fmt: skip
 
     if sinks_ptr is not None:
         sink = tl.load(sinks_ptr + query_head, mask=live, other=0.0).to(tl.float32) * _LOG2E
@@ -238,7 +205,6 @@ def prefix_attention_kernel(
         peak = higher
     heads = tl.num_programs(1) * GROUP
     slot = token.to(tl.int64) * heads + query_head
-    columns = tl.arange(0, BDV)
     empty = total == 0.0
     out = acc / tl.where(empty, 1.0, total)[:, None]
     tl.store(
