@@ -16,13 +16,20 @@ from shared_kernels.ops.prefix_attention.layout import PrefixLayout, Tables
 _PAIRS: Final = 128
 _MAX_DIM: Final = 256
 _LOG2E: Final = 1.4426950408889634
-#: Launch options, the default first, by bytes of an element.
-CONFIGS = {
-    2: tuple(
-        {"num_warps": warps, "num_stages": stages} for warps, stages in ((8, 2), (8, 3), (4, 2))
-    ),
-    4: tuple({"num_warps": warps, "num_stages": stages} for warps, stages in ((8, 1), (4, 1))),
-}
+
+
+def configs(size: int, element_size: int) -> tuple[dict[str, int], ...]:
+    """Return launch options for heads of up to ``size`` dimensions, the default first.
+
+    With at most 128 registers a thread, two programs of 256 threads share a multiprocessor, and
+    one computes while the other waits for its queries.
+    """
+    if element_size == 4:
+        return tuple({"num_warps": warps, "num_stages": 1} for warps in (8, 4))
+    two = {"num_warps": 8, "num_stages": 2}
+    if size > 128:
+        return two, {"num_warps": 8, "num_stages": 3}
+    return {**two, "maxnreg": 128}, {"num_warps": 8, "num_stages": 3}
 
 
 def block_keys(dim: int, element_size: int) -> int:
@@ -81,6 +88,20 @@ def _power_of_two(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
+def _describe(keys: Tensor, block: int) -> Any:
+    """Describe (M, heads, D) to the copy engine in blocks of one head, or return None."""
+    size = keys.element_size()
+    aligned = all(stride * size % 16 == 0 for stride in keys.stride()[:2])
+    if not keys.numel() or not aligned or keys.data_ptr() % 16:
+        return None
+    if keys.is_cuda and _capability(keys.device) < (9, 0):
+        return None
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    shape = [block, 1, _power_of_two(keys.shape[2])]
+    return TensorDescriptor(keys, list(keys.shape), list(keys.stride()), shape)
+
+
 def prefix_attention(
     q: Tensor,
     k: Tensor,
@@ -105,6 +126,8 @@ def prefix_attention(
     dim, value_dim, heads = q.shape[2], v.shape[2], k.shape[1]
     size = _power_of_two(max(dim, value_dim))
 
+    block = block_keys(size, q.element_size())
+
     def launch(config: Mapping[str, int]) -> None:
         kernel[(tiles.shape[0], heads)](
             q,
@@ -112,6 +135,7 @@ def prefix_attention(
             v,
             shared_k,
             shared_v,
+            *(_describe(x, block) for x in (shared_k, shared_v)),
             sinks,
             out,
             lse,
@@ -128,7 +152,7 @@ def prefix_attention(
             BD=_power_of_two(dim),
             BDV=_power_of_two(value_dim),
             BM=_PAIRS,
-            BN=block_keys(size, q.element_size()),
+            BN=block,
             COLUMNS=lanes.shape[1],
             WINDOW=window is not None,
             SOFTCAP=softcap is not None,
@@ -138,7 +162,7 @@ def prefix_attention(
 
     with torch.cuda.device_of(q):
         kind = f"{str(q.dtype).removeprefix('torch.')}-{size}"
-        launch(choose("prefix_attention", kind, CONFIGS[q.element_size()], launch))
+        launch(choose("prefix_attention", kind, configs(size, q.element_size()), launch))
     return out, lse
 
 

@@ -22,38 +22,24 @@ def _attend(
     total,
     peak,
     q,
-    k_place,
-    v_place,
+    k,
+    v,
     index,
-    bound,
     visible,
     ahead,
     scale,
     softcap,
     window,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BD: tl.constexpr,
-    BDV: tl.constexpr,
     MASK: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """Take one block of keys into the running softmax.
+    """Take one block of keys ``k`` (D, BN) and values ``v`` (BN, DV) into the running softmax.
 
     A query sees the keys whose index is below ``visible`` and, with a window, less than that
     behind ``ahead``, its place in front of the first; without MASK it sees all.
     """
-    dims = tl.arange(0, BD)
-    columns = tl.arange(0, BDV)
-    if MASK:
-        inside = index < bound
-        k = tl.load(k_place, mask=inside[None, :] & (dims < D)[:, None], other=0.0)
-        v = tl.load(v_place, mask=inside[:, None] & (columns < DV)[None, :], other=0.0)
-    else:
-        k = _load(k_place, (dims < D)[:, None], D == BD)
-        v = _load(v_place, (columns < DV)[None, :], DV == BDV)
     if WIDEN:
         k = k.to(tl.float32)
         v = v.to(tl.float32)
@@ -78,13 +64,6 @@ def _attend(
     return acc, total, higher
 
 
-@triton.jit
-def _load(place, mask, ALL: tl.constexpr):
-    if ALL:
-        return tl.load(place)
-    return tl.load(place, mask=mask, other=0.0)
-
-
 @triton.jit(do_not_specialize=["scale", "softcap", "window"])
 def prefix_attention_kernel(
     q_ptr,
@@ -92,6 +71,8 @@ def prefix_attention_kernel(
     v_ptr,
     shared_k_ptr,
     shared_v_ptr,
+    shared_k_blocks,
+    shared_v_blocks,
     sinks_ptr,
     out_ptr,
     lse_ptr,
@@ -123,12 +104,16 @@ def prefix_attention_kernel(
     SOFTCAP: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """Attend from one tile of queries. ``scale`` and ``softcap`` are for base-2 exponentials."""
+    """Attend from one tile of queries. ``scale`` and ``softcap`` are for base-2 exponentials.
+
+    ``shared_k_blocks`` and ``shared_v_blocks`` describe the shared keys and values to the copy
+    engine, in blocks of (BN, 1, BD); without them they are read through the pointers.
+    """
     head = tl.program_id(1)
     tile = tiles_ptr + tl.program_id(0) * 7
     first = tl.load(tile)
     end = tl.load(tile + 1)
-    start = tl.load(tile + 2).to(tl.int64)
+    start = tl.load(tile + 2)
     full = tl.load(tile + 3)
     block0 = tl.load(tile + 5)
     block1 = tl.load(tile + 6)
@@ -160,15 +145,27 @@ def prefix_attention_kernel(
         low = tl.maximum(tl.load(tile + 4) - window + 1, 0) // BN * BN
         visible = tl.load(lanes + 1, mask=live, other=0)
         ahead = tl.load(lanes + 2, mask=live, other=0)
-    k_shared = shared_k_ptr + head * shared_k_head + dims[:, None]
-    v_shared = shared_v_ptr + head * shared_v_head + columns[None, :]
     for n in range(low, full, BN):
-        place = start + n + keys
+        if shared_k_blocks is not None:
+            k = shared_k_blocks.load([start + n, head, 0]).reshape(BN, BD).T
+            v = shared_v_blocks.load([start + n, head, 0]).reshape(BN, BDV)
+        else:
+            place = (start + n + keys).to(tl.int64)
+            k_base = shared_k_ptr + head * shared_k_head
+            v_base = shared_v_ptr + head * shared_v_head
+            k = tl.load(
+                k_base + place[None, :] * shared_k_row + dims[:, None],
+                mask=(dims < D)[:, None],
+                other=0.0,
+            )
+            v = tl.load(
+                v_base + place[:, None] * shared_v_row + columns[None, :],
+                mask=(columns < DV)[None, :],
+                other=0.0,
+            )
         acc, total, peak = _attend(
-            acc, total, peak, q,
-            k_shared + place[None, :] * shared_k_row, v_shared + place[:, None] * shared_v_row,
-            n + keys, full, visible, ahead, scale, softcap, window,
-            D, DV, BD, BDV, WINDOW, WINDOW, SOFTCAP, WIDEN,
+            acc, total, peak, q, k, v, n + keys, visible, ahead, scale, softcap, window,
+            WINDOW, WINDOW, SOFTCAP, WIDEN,
         )  # fmt: skip
 
     for n in range(block0, block1):
@@ -184,16 +181,24 @@ def prefix_attention_kernel(
         behind = 0
         if WINDOW:
             behind = tl.load(lanes + column + 1, mask=live, other=0) - offset
-        k_base = tl.where(shared, shared_k_ptr + head * shared_k_head, k_ptr + head * k_head)
-        v_base = tl.where(shared, shared_v_ptr + head * shared_v_head, v_ptr + head * v_head)
+        block_k = tl.where(shared, shared_k_ptr + head * shared_k_head, k_ptr + head * k_head)
+        block_v = tl.where(shared, shared_v_ptr + head * shared_v_head, v_ptr + head * v_head)
         k_step = tl.where(shared, shared_k_row, k_row)
         v_step = tl.where(shared, shared_v_row, v_row)
+        inside = keys < bound
+        k = tl.load(
+            block_k + place[None, :] * k_step + dims[:, None],
+            mask=inside[None, :] & (dims < D)[:, None],
+            other=0.0,
+        )
+        v = tl.load(
+            block_v + place[:, None] * v_step + columns[None, :],
+            mask=inside[:, None] & (columns < DV)[None, :],
+            other=0.0,
+        )
         acc, total, peak = _attend(
-            acc, total, peak, q,
-            k_base + place[None, :] * k_step + dims[:, None],
-            v_base + place[:, None] * v_step + columns[None, :],
-            keys, bound, below, behind, scale, softcap, window,
-            D, DV, BD, BDV, True, WINDOW, SOFTCAP, WIDEN,
+            acc, total, peak, q, k, v, keys, below, behind, scale, softcap, window,
+            True, WINDOW, SOFTCAP, WIDEN,
         )  # fmt: skip
 
     if sinks_ptr is not None:
