@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
@@ -99,12 +100,12 @@ class PrefixLayout:
                     row[ANCESTORS + 2 * place : ANCESTORS + 2 * place + 2] = start, length
         return cls(torch.from_numpy(_checked(table).astype(np.int32)))
 
-    @property
+    @functools.cached_property
     def queries(self) -> int:
         """Number of queries, T."""
         return int(self.rows[:, QUERIES].sum())
 
-    @property
+    @functools.cached_property
     def extent(self) -> tuple[int, int]:
         """Packed keys and shared keys that the ranges reach up to."""
         table = self.rows.numpy()
