@@ -1,0 +1,9 @@
+from ._version import __version__ as __version__
+from .cache import SharedPrefixCache as SharedPrefixCache
+from .errors import StalePrefixError as StalePrefixError
+from .errors import UnsupportedModelError as UnsupportedModelError
+from .planner import PackedLayout as PackedLayout
+from .planner import plan as plan
+from .prefix import SharedPrefix as SharedPrefix
+from .scorer import PrefixScorer as PrefixScorer
+from .scorer import ScoreOutput as ScoreOutput
