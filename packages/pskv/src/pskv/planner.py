@@ -70,7 +70,7 @@ class PackedLayout:
     def layout(self, prefix: int, start: int = 0) -> PrefixLayout:
         """Return what each packed row sees, after ``prefix`` shared keys from ``start`` on."""
         return PrefixLayout.build(
-            np.diff(self.cu_seqlens), shared=(start, prefix), ancestors=self.segments
+            np.diff(self.cu_seqlens).tolist(), shared=(start, prefix), ancestors=self.segments
         )
 
 

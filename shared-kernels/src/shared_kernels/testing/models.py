@@ -1,4 +1,4 @@
-"""Tiny random models of nine architectures, each with an input its loss can be computed on."""
+"""Tiny random models of many architectures, each with an input its loss can be computed on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["ARCHITECTURES", "tiny_inputs", "tiny_model"]
+__all__ = ["ARCHITECTURES", "DECODERS", "tiny_inputs", "tiny_model"]
 
 _VOCAB = 96
 
@@ -62,6 +62,48 @@ def _gemma2(t: Any, **kw: Any) -> nn.Module:
     return t.Gemma2ForCausalLM(t.Gemma2Config(**_sizes(head_dim=8, sliding_window=8) | kw))
 
 
+def _mistral(t: Any, **kw: Any) -> nn.Module:
+    return t.MistralForCausalLM(t.MistralConfig(**_sizes(sliding_window=8) | kw))
+
+
+def _gemma3(t: Any, **kw: Any) -> nn.Module:
+    sizes = _sizes(head_dim=8, sliding_window=8, query_pre_attn_scalar=8)
+    return t.Gemma3ForCausalLM(t.Gemma3TextConfig(**sizes | kw))
+
+
+def _cohere2(t: Any, **kw: Any) -> nn.Module:
+    return t.Cohere2ForCausalLM(t.Cohere2Config(**_sizes(sliding_window=8, logit_scale=0.3) | kw))
+
+
+def _gpt_oss(t: Any, **kw: Any) -> nn.Module:
+    extra = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8, "head_dim": 8}
+    return t.GptOssForCausalLM(t.GptOssConfig(**_sizes(**extra) | kw))
+
+
+def _qwen3_moe(t: Any, **kw: Any) -> nn.Module:
+    extra = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
+    return t.Qwen3MoeForCausalLM(t.Qwen3MoeConfig(**_sizes(**extra) | kw))
+
+
+def _phi3(t: Any, **kw: Any) -> nn.Module:
+    return t.Phi3ForCausalLM(t.Phi3Config(**_sizes() | kw))
+
+
+def _olmo2(t: Any, **kw: Any) -> nn.Module:
+    return t.Olmo2ForCausalLM(t.Olmo2Config(**_sizes() | kw))
+
+
+def _granite(t: Any, **kw: Any) -> nn.Module:
+    scales = {"logits_scaling": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.7}
+    return t.GraniteForCausalLM(t.GraniteConfig(**_sizes(**scales) | kw))
+
+
+def _gpt_neox(t: Any, **kw: Any) -> nn.Module:
+    sizes = _sizes()
+    sizes.pop("num_key_value_heads")
+    return t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**sizes | kw))
+
+
 def _mamba(t: Any, **kw: Any) -> nn.Module:
     config = t.MambaConfig(
         vocab_size=_VOCAB, hidden_size=32, state_size=4, num_hidden_layers=4, conv_kernel=2,
@@ -97,6 +139,19 @@ ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
 }
 """Architecture name to constructor; take :func:`tiny_model`."""
 
+DECODERS: dict[str, Callable[..., nn.Module]] = {
+    "mistral": _mistral,
+    "gemma3": _gemma3,
+    "cohere2": _cohere2,
+    "gpt_oss": _gpt_oss,
+    "qwen3_moe": _qwen3_moe,
+    "phi3": _phi3,
+    "olmo2": _olmo2,
+    "granite": _granite,
+    "gpt_neox": _gpt_neox,
+}
+"""Further decoders, whose attention differs in windows, sinks, scales or norms."""
+
 
 def tiny_model(
     name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any
@@ -104,7 +159,7 @@ def tiny_model(
     """Make a tiny model with random weights, in eval mode.
 
     Args:
-        name: One of :data:`ARCHITECTURES`.
+        name: One of :data:`ARCHITECTURES` or :data:`DECODERS`.
         seed: Seed of the weights; torch's global random state is left as it was.
         dtype: Dtype of the parameters.
         **config: Fields that override the tiny configuration.
@@ -113,7 +168,7 @@ def tiny_model(
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = ARCHITECTURES[name](transformers, **config)
+        model = (ARCHITECTURES | DECODERS)[name](transformers, **config)
         with torch.no_grad():
             # Weights of different scale in every tensor, or mixed-up parameters would not show.
             for param in model.parameters():

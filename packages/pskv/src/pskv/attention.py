@@ -1,0 +1,95 @@
+"""Attention over a shared prefix as an attention function of transformers.
+
+Registered under the name ``pskv``. It needs no mask: what a packed row sees travels as a keyword
+argument through the model's forward.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from shared_kernels.ops.prefix_attention import PrefixLayout, shared_prefix_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from torch import Tensor
+
+    from pskv.prefix import PrefixCache
+
+NAME = "pskv"
+
+
+@dataclass
+class PackedCall:
+    """One forward pass over packed rows.
+
+    Attributes:
+        layout: What they see.
+        cache: Keys and values of the prefix.
+        impl: Of `shared_prefix_attention`.
+        windows: Layers that were given a sliding window, filled in by the pass.
+        layers: Layers that attended here.
+    """
+
+    layout: PrefixLayout
+    cache: PrefixCache
+    impl: str
+    windows: set[int] = field(default_factory=set)
+    layers: set[int] = field(default_factory=set)
+
+
+def attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    pskv: PackedCall | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend for `PackedCall`; query ``(1, Hq, T, D)``, output ``(1, T, Hq, Dv)``."""
+    if pskv is None:
+        raise RuntimeError("the attention 'pskv' runs only inside a PrefixScorer's calls")
+    index = module.layer_idx
+    pskv.layers.add(index)
+    if sliding_window is not None:
+        pskv.windows.add(index)
+    layer = pskv.cache.held[index]
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    sinks = None if s_aux is None else s_aux.detach()
+    out, _ = shared_prefix_attention(
+        q, k, v, layer.keys[: layer.length], layer.values[: layer.length], pskv.layout,
+        scale=scaling, window=sliding_window, softcap=softcap, sinks=sinks, impl=pskv.impl,
+    )  # fmt: skip
+    return out[None], None
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, _no_mask)
+
+
+@contextmanager
+def attention_of(model: Any, name: str) -> Generator[None]:
+    """Let a model attend by the function of this name, and set back what it had."""
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    before = [(config, config._attn_implementation) for config in configs.values()]
+    try:
+        for config in configs.values():
+            config._attn_implementation_internal = name
+        yield
+    finally:
+        for config, value in before:
+            config._attn_implementation_internal = value

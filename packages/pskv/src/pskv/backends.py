@@ -1,0 +1,66 @@
+"""Ways to attend to a prefix, and the choice between them by measurement."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from shared_kernels._checks import check_choice
+from shared_kernels._library import interpreting
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+BACKENDS = ("auto", "fused", "split", "layerwise", "replicate")
+
+
+def check_backend(backend: str, device: torch.device) -> str:
+    """Refuse a backend that cannot run on a device.
+
+    Raises:
+        ValueError: Unknown, or ``fused`` without a GPU.
+    """
+    check_choice("backend", backend, BACKENDS)
+    if backend == "fused" and device.type != "cuda" and not interpreting():
+        raise ValueError(
+            f"backend: 'fused' needs a CUDA device, the model is on {device}; use 'split'"
+        )
+    return backend
+
+
+class AutoBackend:
+    """Times each backend that can work on real calls of about one size; the fastest goes on."""
+
+    def __init__(self, device: torch.device, *, deterministic: bool) -> None:
+        self.device = device
+        self.best = "fused" if device.type == "cuda" else "split"
+        self.deterministic = deterministic
+        self.seconds: dict[tuple[int, ...], dict[str, float]] = {}
+
+    def choose(
+        self, rows: int, prefix: int, widest: int, state_bytes: int
+    ) -> tuple[str, Callable[[float], None] | None]:
+        """Return a backend, and what to tell the seconds of the call, if it is still timed."""
+        if self.deterministic or not rows:
+            return self.best, None
+        size = tuple(x.bit_length() for x in (rows, prefix, widest))
+        known = self.seconds.setdefault(size, {})
+        for backend in self._candidates(rows * (prefix + widest) * state_bytes):
+            # the first call of a size also compiles and warms up
+            if f"{backend}, second" not in known:
+                name = f"{backend}, second" if backend in known else backend
+                return backend, partial(self._note, known, name, rows * widest)
+        timed = {name: known[name] for name in known if name.endswith(", second")}
+        return min(timed, key=timed.__getitem__).removesuffix(", second"), None
+
+    def _note(self, known: dict[str, float], name: str, tokens: int, seconds: float) -> None:
+        known[name] = seconds / max(1, tokens)
+
+    def _candidates(self, copies: int) -> list[str]:
+        """Return backends worth a trial: copies must be small beside the free memory."""
+        if self.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.device)
+        else:
+            free = 2 << 30
+        return [self.best, *(["replicate", "layerwise"] if copies < free // 8 else [])]

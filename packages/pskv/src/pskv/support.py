@@ -1,0 +1,131 @@
+"""Which models can share a prefix, and whether this one does it right."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from pskv.attention import NAME
+from pskv.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_KINDS = {"full_attention", "sliding_attention", "attention"}
+_LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+
+
+def inner_model(model: Any) -> Any:
+    """Return the transformers model: under an adapter, the one that it adapts."""
+    getter = getattr(model, "get_base_model", None)
+    return getter() if callable(getter) else model
+
+
+def check_model(model: Any) -> None:
+    """Refuse what cannot work.
+
+    Raises:
+        UnsupportedModelError: Naming the part and what to do.
+    """
+    name = type(model).__name__
+    config = getattr(model, "config", None)
+    if config is None or not callable(getattr(model, "get_output_embeddings", None)):
+        raise UnsupportedModelError(f"model: expected a transformers model, got {name}")
+    head = model.get_output_embeddings()
+    if head is None or getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"model: expected a decoder with a language-model head, got {name}; load it by "
+            "AutoModelForCausalLM"
+        )
+    if not hasattr(head, "weight") or not isinstance(head, nn.Linear):
+        raise UnsupportedModelError(
+            f"model: its head is {type(head).__name__}, expected nn.Linear; "
+            "quantise all but the head"
+        )
+    text = config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ()) - _KINDS
+    if kinds:
+        raise UnsupportedModelError(
+            f"model: {name} has layers of kind {', '.join(sorted(kinds))}, whose state cannot be "
+            "shared between rows; score it without a cache"
+        )
+    if getattr(text, "num_kv_shared_layers", 0):
+        raise UnsupportedModelError(
+            f"model: layers of {name} share keys with each other, which is not supported; score "
+            "it without a cache"
+        )
+    check_state(model)
+
+
+def check_state(model: Any) -> None:
+    """Refuse a model in training mode, or one that must return attention weights."""
+    if model.training:
+        raise UnsupportedModelError(
+            "model: it is in training mode, where dropout makes scores random; call model.eval()"
+        )
+    if getattr(model.config, "output_attentions", False):
+        raise UnsupportedModelError(
+            "model: config.output_attentions is set, and attention weights are never formed here; "
+            "set it to False"
+        )
+
+
+def check_length(model: Any, prefix: int, longest: int) -> None:
+    """Refuse rows that reach beyond the model's positions.
+
+    Raises:
+        ValueError: With the numbers.
+        UnsupportedModelError: Rotary angles that depend on the total length, beyond the length up
+            to which they do not.
+    """
+    text = model.config.get_text_config()
+    total = prefix + longest
+    limit = getattr(text, "max_position_embeddings", None)
+    if limit and total > limit:
+        raise ValueError(
+            f"continuations: the longest row has {longest} tokens after a prefix of {prefix}, "
+            f"{total} in all, and the model has {limit} positions; shorten the prefix or the row"
+        )
+    rope = getattr(text, "rope_parameters", None) or {}
+    kinds = rope.values() if rope and all(isinstance(v, dict) for v in rope.values()) else [rope]
+    for parameters in kinds:
+        if parameters.get("rope_type") not in _LENGTH_DEPENDENT_ROPE:
+            continue
+        original = parameters.get("original_max_position_embeddings") or limit
+        if original and total > original:
+            raise UnsupportedModelError(
+                f"model: its rotary angles ({parameters['rope_type']}) depend on the total length "
+                f"beyond {original} tokens, and this row has {total}; score it without a cache"
+            )
+
+
+def fingerprint(model: Any) -> tuple[Any, ...]:
+    """Return what a prefix depends on besides its tokens."""
+    inner = inner_model(model)
+    weights = tuple((p.data_ptr(), p._version) for p in model.parameters())
+    adapters = None
+    if getattr(model, "peft_config", None):
+        adapters = model.active_adapters
+        adapters = adapters() if callable(adapters) else adapters
+    text = inner.config.get_text_config()
+    attention = text._attn_implementation
+    return (
+        hash(weights),
+        str(adapters),
+        str(next(model.parameters()).dtype),
+        str(getattr(text, "rope_parameters", None)),
+        attention if attention != NAME else None,
+    )
+
+
+def probe_tolerance(dtype: torch.dtype) -> float:
+    """Return how far hidden states may be off, relative to their norm."""
+    return {torch.float64: 1e-4, torch.float32: 1e-3}.get(dtype, 0.08)
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Return the largest error of a hidden state relative to its norm."""
+    error = (found.float() - expected.float()).norm(dim=-1)
+    return float((error / expected.float().norm(dim=-1).clamp(min=1e-6)).nan_to_num(1e9).max())
