@@ -17,7 +17,8 @@ def oracle(model, prefix, row, first):
     """Log-probabilities and greediness of a row's targets, by one pass over all of it."""
     ids = torch.cat([torch.as_tensor(prefix), torch.as_tensor(row)])
     with torch.no_grad():
-        logits = model(input_ids=ids[None], use_cache=False).logits[0].double()
+        logits = model(input_ids=ids[None].to(model.device), use_cache=False).logits[0]
+    logits = logits.double().cpu()
     logprobs = logits.log_softmax(-1)
     places = torch.arange(len(prefix) + first, len(ids))
     targets = ids[places]
@@ -54,10 +55,15 @@ def assert_scores(model, scorer, prefix, rows, targets, bound):
     return out
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_families_agree_with_uncached_rows(family, backend):
-    model = tiny_model(family)
+def test_families_agree_with_uncached_rows(family, backend, device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    if device == "cpu" and backend == "fused" and torch.cuda.is_available():
+        pytest.skip("the kernels are compiled for the GPU in this process")
+    model = tiny_model(family).to(device)
     scorer = PrefixScorer(model, backend=backend)
     prefix = np.random.default_rng(1).integers(3, 90, 18)
     before = model.config._attn_implementation
@@ -65,6 +71,27 @@ def test_families_agree_with_uncached_rows(family, backend):
     if backend == "split":
         assert_scores(model, scorer, prefix, make_rows(), np.array([7, 8, 9]), 3e-5)
     assert model.config._attn_implementation == before
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+def test_bfloat16_is_no_further_from_float64_than_ordinary_passes(family):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    exact = tiny_model(family, dtype=torch.float32).to("cuda")
+    model = tiny_model(family, dtype=torch.bfloat16).to("cuda")
+    exact.load_state_dict(model.state_dict())
+    prefix = np.random.default_rng(1).integers(3, 90, 18)
+    errors = {"fused": [], "ordinary": []}
+    for seed in range(6):
+        rows = make_rows(seed)
+        out = PrefixScorer(model, backend="fused").score(torch.as_tensor(prefix), rows)
+        for row, found in zip(rows, out.token_logprobs, strict=True):
+            expected, _ = oracle(exact, prefix, row, 0)
+            errors["fused"].append(found.double() - expected)
+            errors["ordinary"].append(oracle(model, prefix, row, 0)[0] - expected)
+    fused, ordinary = (torch.cat(errors[name]).square().mean().sqrt() for name in errors)
+    assert fused <= 1.2 * ordinary
 
 
 def test_in_float64_the_error_is_rounding():
