@@ -608,18 +608,21 @@ class PrefixScorer:
                 f"attention function is not told; {remedy}"
             )
         bound = support.probe_tolerance(hidden.dtype)
+        errors = []
         for number, row in enumerate(rows):
             whole = self._tensor(np.concatenate([ids[:11], row]))[None]
             expected = self._base(input_ids=whole, use_cache=False).last_hidden_state[0]
             found = hidden[self._tensor(packed.place(number, np.arange(len(row))))]
-            error = support.relative_error(found, expected[11:])
-            if error > bound:
-                raise UnsupportedModelError(
-                    f"model: hidden states of {name} over a shared prefix differ from ordinary "
-                    f"ones by {error:.1e} of their norm, more than {bound:.0e}; {remedy}"
-                )
+            errors.append(support.relative_errors(found, expected[11:]))
+        error = support.worst(self._inner, torch.cat(errors))
+        if error > bound:
+            raise UnsupportedModelError(
+                f"model: hidden states of {name} over a shared prefix differ from ordinary ones "
+                f"by {error:.1e} of their norm, more than {bound:.0e}; {remedy}"
+            )
         logits = self._inner(input_ids=whole, use_cache=False).logits[0]
-        error = support.relative_error(self._head.logits(expected), logits)
+        errors = support.relative_errors(self._head.logits(expected), logits)
+        error = support.worst(self._inner, errors)
         if error > bound:
             raise UnsupportedModelError(
                 f"model: the head of {name} is more than a linear layer, a scale and a cap: logits "
