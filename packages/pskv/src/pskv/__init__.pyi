@@ -7,3 +7,4 @@ from .planner import plan as plan
 from .prefix import SharedPrefix as SharedPrefix
 from .scorer import PrefixScorer as PrefixScorer
 from .scorer import ScoreOutput as ScoreOutput
+from .tokenization import RoundTripFilter as RoundTripFilter

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from shared_kernels._checks import check_choice, message
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import DynamicCache
 
 from pskv import support
@@ -229,6 +230,75 @@ class PrefixScorer:
                     self._descend(shared, work, order, common, 0)
             output = self._output(None, work, self._packed_backend(), "sum", 0.0)
             return list(zip(output.logprobs.tolist(), output.is_greedy.tolist(), strict=True))
+
+    # -- gradients -------------------------------------------------------------------------------
+
+    def token_gradient(
+        self,
+        prefix: SharedPrefix,
+        suffix_ids: Ids,
+        tail_ids: Ids,
+        target_ids: Ids,
+        *,
+        objective: str | Callable[[Tensor, Tensor], Tensor] = "nll",
+    ) -> Tensor:
+        """Differentiate an objective with respect to the choice of each suffix token.
+
+        ``g[i, v] = <dL/de_i, E(v)>`` with ``e_i`` the embedding of suffix token i and E the
+        model's embedding of every token: the gradient with respect to a one-hot choice, as greedy
+        coordinate gradient takes it (arXiv:2307.15043, section 2.2). The prefix's keys and values
+        do not depend on the suffix, so they are constants, and the gradient is exact.
+
+        Args:
+            prefix: What `prefill` returned.
+            suffix_ids: int64 ``(s,)``, the tokens to differentiate by; at least one.
+            tail_ids: int64 ``(a,)``, tokens between suffix and target; may be none.
+            target_ids: int64 ``(t,)``; at least one.
+            objective: ``nll`` (the sum over the targets), or a function of logits ``(t, V)`` and
+                target ids that returns a scalar.
+
+        Returns:
+            ``(s, V)`` in the dtype of the embeddings.
+
+        Raises:
+            ValueError: No suffix or target, or what `score` refuses.
+            StalePrefixError: The model has changed since `prefill`.
+        """
+        with self._lock:
+            parts = [
+                _as_row(ids, name)
+                for name, ids in (
+                    ("suffix_ids", suffix_ids), ("tail_ids", tail_ids), ("target_ids", target_ids),
+                )
+            ]  # fmt: skip
+            for name, part in (("suffix_ids", parts[0]), ("target_ids", parts[2])):
+                if not len(part):
+                    raise ValueError(message(name, "at least one token", part, "pass some"))
+            row = np.concatenate(parts)
+            first = len(row) - len(parts[2])
+            self._check(prefix, [row], np.array([first], dtype=np.int64))
+            embed = self._inner.get_input_embeddings()
+            held, count = prefix.length, len(parts[0])
+            with torch.no_grad():
+                embeds = embed(self._tensor(row[:-1])[None])
+                vocabulary = torch.arange(self._head.module.weight.shape[0], device=self.device)
+            with torch.enable_grad(), prefix.cache.mode("expand"):
+                suffix = embeds[:, :count].detach().requires_grad_()
+                place = torch.arange(held, held + len(row) - 1, device=self.device)
+                hidden = self._base(
+                    inputs_embeds=torch.cat([suffix, embeds[:, count:]], 1),
+                    position_ids=place[None], past_key_values=prefix.cache, use_cache=True,
+                ).last_hidden_state[0]  # fmt: skip
+                logits = self._head.logits(hidden[first - 1 :])
+                targets = self._tensor(parts[2]).to(logits.device)
+                if isinstance(objective, str):
+                    check_choice("objective", objective, ("nll",))
+                    loss = cross_entropy(logits.float(), targets, reduction="sum")
+                else:
+                    loss = objective(logits, targets)
+                (gradient,) = torch.autograd.grad(loss, suffix)
+            with torch.no_grad():
+                return gradient[0] @ embed(vocabulary).mT
 
     def _descend(
         self, shared: SharedPrefix, work: _Work, order: np.ndarray, common: np.ndarray, depth: int
