@@ -34,7 +34,7 @@ class PskvStep:
         from tenfold.assets import smollm2
 
         context.progress(0.0, "loading SmolLM2")
-        tokenizer = AutoTokenizer.from_pretrained(smollm2())
+        tokenizer: Any = AutoTokenizer.from_pretrained(smollm2())
         model: Any = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.float32).eval()
         questions = dict(list(QUESTIONS.items())[: 2 if context.quick else len(QUESTIONS)])
         shots = "".join(f"The capital of {a} is {b}.\n" for a, b in SHOTS.items())
