@@ -1,6 +1,6 @@
 """Fill uninitialised memory with values that cannot be overlooked."""
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -27,16 +27,19 @@ def poison_(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def poisoned_empty() -> Generator[None]:
+def poisoned_empty(fill: Callable[[Tensor], Tensor] = poison_) -> Generator[None]:
     """Make ``torch.empty`` and its relatives return poisoned tensors in this context.
 
     A result that depends on memory nobody wrote then shows up as NaN.
+
+    Args:
+        fill: Fills a new tensor in place and returns it.
     """
 
     def poisoned(original: Any) -> Any:
         def create(*args: Any, **kwargs: Any) -> Tensor:
             tensor = original(*args, **kwargs)
-            return tensor if tensor.device.type == "meta" else poison_(tensor)
+            return tensor if tensor.device.type == "meta" else fill(tensor)
 
         return create
 
