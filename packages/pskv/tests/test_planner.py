@@ -86,7 +86,7 @@ def test_candidates_of_a_coordinate_search_hang_on_their_parent():
 def test_equal_rows_are_computed_once():
     layout = plan([[1, 2, 3], [1, 2, 3], [1, 2], []])
     assert layout.tokens.tolist() == [1, 2, 3]
-    assert layout.place(2, np.array([1])).tolist() == [1]
+    assert layout.place(np.array([2]), np.array([1])).tolist() == [1]
 
 
 def test_a_few_tokens_are_not_worth_a_look_up():

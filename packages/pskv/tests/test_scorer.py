@@ -186,12 +186,12 @@ def test_a_prefix_never_changes():
         before = prefix.checksums()
         first = scorer.score(prefix, make_rows())
         for number in range(100):
-            scorer.backend = BACKENDS[number % 3]
+            scorer._passes.backend = BACKENDS[number % 3]
             again = scorer.score(prefix, make_rows(), targets=[4, 5] if number % 7 == 0 else None)
         with pytest.raises(ValueError, match="at least one token"):
             scorer.score(prefix, [[]])
         assert all(torch.equal(a, b) for a, b in zip(prefix.checksums(), before, strict=True))
-        scorer.backend = "split"
+        scorer._passes.backend = "split"
         again = scorer.score(prefix, make_rows())
         torch.testing.assert_close(again.logprobs, first.logprobs, rtol=0, atol=1e-4)
     with pytest.raises(StalePrefixError, match="closed"):
@@ -204,23 +204,23 @@ def test_memory_that_runs_out_costs_nothing_but_time(monkeypatch):
     prefix = scorer.prefill(np.arange(5, 20))
     expected = scorer.score(prefix, make_rows())
     before, state = prefix.checksums(), torch.get_rng_state()
-    right = scorer._packed
+    right = scorer._passes.packed
 
-    def small(shared, packed, impl):
+    def small(shared, packed, *rest):
         if len(packed.tokens) > 20:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return right(shared, packed, impl)
+        return right(shared, packed, *rest)
 
-    monkeypatch.setattr(scorer, "_packed", small)
+    monkeypatch.setattr(scorer._passes, "packed", small)
     found = scorer.score(prefix, make_rows())
     assert found.stats["passes"] > 3
     torch.testing.assert_close(found.logprobs, expected.logprobs, rtol=0, atol=1e-4)
     assert all(torch.equal(a, b) for a, b in zip(prefix.checksums(), before, strict=True))
     assert torch.equal(torch.get_rng_state(), state)
-    held = scorer._micro.tokens
+    held = scorer._passes.micro.tokens
     for _ in range(40):
         scorer.score(prefix, [[5, 6]])
-    assert scorer._micro.tokens > held
+    assert scorer._passes.micro.tokens > held
     with pytest.raises(torch.OutOfMemoryError, match="one row of 29 tokens after a prefix of 15"):
         scorer.score(prefix, [np.full(30, 5)])
 
@@ -337,3 +337,40 @@ def test_length_dependent_rotary_angles_are_refused():
     assert len(scorer.score([5], [[6] * 20]).logprobs) == 1
     with pytest.raises(UnsupportedModelError, match=r"\(dynamic\) depend on the total length"):
         scorer.score([5], [[6] * 40])
+
+
+def test_adapters():
+    peft = pytest.importorskip("peft")
+    model = tiny_model("llama")
+    wrapped = peft.get_peft_model(
+        model, peft.LoraConfig(target_modules=["q_proj", "v_proj"])
+    ).eval()
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.5, generator=torch.Generator().manual_seed(0))
+    scorer = PrefixScorer(wrapped, backend="split")
+    prefix = np.random.default_rng(1).integers(3, 90, 18)
+    assert_scores(wrapped, scorer, prefix, make_rows(), None, 3e-5)
+    held = scorer.prefill(prefix)
+    with wrapped.disable_adapter():
+        plain, _ = oracle(wrapped, prefix, make_rows()[0], 0)
+        with pytest.raises(StalePrefixError, match="adapters"):
+            scorer.score(held, make_rows())
+    adapted = scorer.score(held, make_rows()).token_logprobs[0]
+    assert (plain - adapted).abs().max() > 0.01
+    head = peft.LoraConfig(target_modules=["q_proj", "lm_head"])
+    with pytest.raises(UnsupportedModelError, match="head carries an adapter"):
+        PrefixScorer(peft.get_peft_model(tiny_model("llama"), head).eval())
+    virtual = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(UnsupportedModelError, match="virtual tokens"):
+        PrefixScorer(peft.get_peft_model(tiny_model("llama"), virtual).eval())
+
+
+def test_numbers_that_overflow_name_the_layer():
+    model = tiny_model("llama")
+    scorer = PrefixScorer(model, backend="split")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0] = float("inf")
+    with pytest.raises(FloatingPointError, match=r"continuations\[0\].*from layer 1 on"):
+        scorer.score([5, 7], [[6, 7, 8]])

@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, Any
 from shared_kernels.ops.prefix_attention import PrefixLayout, shared_prefix_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from pskv.generation import CURRENT
+
 if TYPE_CHECKING:
     from collections.abc import Generator
 
     from torch import Tensor
 
+    from pskv.generation import GrowingCall
     from pskv.prefix import PrefixCache
 
 NAME = "pskv"
@@ -56,21 +59,50 @@ def attend(
     pskv: PackedCall | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend for `PackedCall`; query ``(1, Hq, T, D)``, output ``(1, T, Hq, Dv)``."""
-    if pskv is None:
-        raise RuntimeError("the attention 'pskv' runs only inside a PrefixScorer's calls")
+    """Attend for `PackedCall`, or for the `GrowingCall` that is running.
+
+    Query ``(B, Hq, T, D)``, with B of 1 for packed rows; output ``(B, T, Hq, Dv)``.
+    """
+    options: Any = {
+        "scale": scaling, "window": sliding_window, "softcap": softcap,
+        "sinks": None if s_aux is None else s_aux.detach(),
+    }  # fmt: skip
     index = module.layer_idx
-    pskv.layers.add(index)
-    if sliding_window is not None:
-        pskv.windows.add(index)
-    layer = pskv.cache.held[index]
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    sinks = None if s_aux is None else s_aux.detach()
+    growing = CURRENT.get()
+    if pskv is not None:
+        pskv.layers.add(index)
+        if sliding_window is not None:
+            pskv.windows.add(index)
+        layer = pskv.cache.held[index]
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        out, _ = shared_prefix_attention(
+            q, k, v, layer.keys[: layer.length], layer.values[: layer.length], pskv.layout,
+            impl=pskv.impl, **options,
+        )  # fmt: skip
+        return out[None], None
+    if growing is None:
+        raise RuntimeError("the attention 'pskv' runs only inside a PrefixScorer's calls")
+    return _grow(growing, index, query, options), None
+
+
+def _grow(call: GrowingCall, index: int, query: Tensor, options: dict[str, Any]) -> Tensor:
+    """Attend to the prefix and to what the layer's update has stored."""
+    batch, heads, queries, dim = query.shape
+    own, held = call.cache.grown[index], call.cache.shared.held[index]
+    layout, kept = call.layout(batch, queries, query.device, own.filled)
+    q = query.transpose(1, 2).reshape(batch * queries, heads, dim)
+    shared = [
+        own.keys.new_empty(0, *own.keys.shape[2:]) if x is None else x[: held.length]
+        for x in (held.keys, held.values)
+    ]
     out, _ = shared_prefix_attention(
-        q, k, v, layer.keys[: layer.length], layer.values[: layer.length], pskv.layout,
-        scale=scaling, window=sliding_window, softcap=softcap, sinks=sinks, impl=pskv.impl,
+        q if kept is None else q[kept], own.keys.flatten(0, 1), own.values.flatten(0, 1),
+        *shared, layout, impl=call.impl, **options,
     )  # fmt: skip
-    return out[None], None
+    if kept is not None:
+        # padding attends to nothing
+        out = out.new_zeros(batch * queries, *out.shape[1:]).index_copy_(0, kept, out)
+    return out.view(batch, queries, *out.shape[1:])
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:

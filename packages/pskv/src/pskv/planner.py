@@ -35,9 +35,8 @@ class PackedLayout:
         positions: int64 ``(T,)``, number of tokens before each, those of the prefix not counted.
         segments: For each packed row, (first token, number of tokens) of the parts of other
             packed rows that stand before it.
-        paths: For each input row, (place in the row, packed token) where each of its parts
-            begins, in order.
-        lengths: int64 ``(N,)``, tokens of each input row.
+        index: int64 ``(sum of lengths,)``, the packed token of every token of the input rows.
+        bounds: int64 ``(N + 1,)``, where each input row begins in ``index``.
     """
 
     tokens: np.ndarray
@@ -46,26 +45,21 @@ class PackedLayout:
     row_id: np.ndarray
     positions: np.ndarray
     segments: list[list[tuple[int, int]]]
-    paths: list[list[tuple[int, int]]]
-    lengths: np.ndarray
+    index: np.ndarray
+    bounds: np.ndarray
 
     @property
     def shared_len(self) -> np.ndarray:
         """Tokens of other packed rows that each packed row sees, int64 ``(n,)``."""
         return np.array([sum(n for _, n in chain) for chain in self.segments], dtype=np.int64)
 
-    def place(self, row: int, index: np.ndarray) -> np.ndarray:
-        """Return the packed tokens at places ``index`` of an input row, int64."""
-        begins, packed = (np.array(part) for part in zip(*self.paths[row], strict=True))
-        part = np.searchsorted(begins, index, side="right") - 1
-        return packed[part] + index - begins[part]
+    def place(self, rows: np.ndarray | int, places: np.ndarray) -> np.ndarray:
+        """Return the packed tokens at ``places`` of input rows, int64."""
+        return self.index[self.bounds[rows] + places]
 
     def rebuild(self) -> list[np.ndarray]:
         """Return the input rows, read off the packed tokens."""
-        return [
-            self.tokens[self.place(row, np.arange(length))] if length else self.tokens[:0]
-            for row, length in enumerate(self.lengths.tolist())
-        ]
+        return np.split(self.tokens[self.index], self.bounds[1:])[:-1]
 
     def layout(self, prefix: int, start: int = 0) -> PrefixLayout:
         """Return what each packed row sees, after ``prefix`` shared keys from ``start`` on."""
@@ -183,7 +177,7 @@ def _trie(rows: Sequence[np.ndarray], order: np.ndarray, common: np.ndarray) -> 
 def pack(
     rows: Sequence[np.ndarray], order: np.ndarray, common: np.ndarray, max_depth: int
 ) -> PackedLayout:
-    """Pack sorted rows; see `plan`. Rows that ``order`` leaves out have no path."""
+    """Pack sorted rows; see `plan`."""
     root = _trie(rows, order, common)
     nodes, waiting = [], [root]
     while waiting:
@@ -225,13 +219,6 @@ def _emit(rows: Sequence[np.ndarray], nodes: list[_Node], paths: list[_Path]) ->
     starts = np.array([path.start for path in paths], dtype=np.int64)
     positions = np.arange(len(row_id)) - np.repeat(bounds[:-1] - starts, counts)
     owners = np.repeat(np.array([path.row for path in paths], dtype=np.int64), counts)
-    parts: list[list[tuple[int, int]]] = [[] for _ in rows]
-    for node in nodes:
-        if node.path is None or not node.users:
-            continue
-        chain = [(path.start, path.packed) for path, _ in node.path.chain(node.depth)]
-        for row in node.users:
-            parts[row] = chain
     tokens = [rows[path.row][path.start : path.end] for path in paths]
     return PackedLayout(
         tokens=np.concatenate(tokens) if tokens else np.zeros(0, dtype=np.int64),
@@ -240,6 +227,22 @@ def _emit(rows: Sequence[np.ndarray], nodes: list[_Node], paths: list[_Path]) ->
         row_id=row_id,
         positions=positions,
         segments=[[(other.packed, n) for other, n in path.before] for path in paths],
-        paths=parts,
-        lengths=np.array([len(row) for row in rows], dtype=np.int64),
+        index=_index(rows, nodes),
+        bounds=np.concatenate([[0], np.cumsum([len(row) for row in rows], dtype=np.int64)]),
     )
+
+
+def _index(rows: Sequence[np.ndarray], nodes: list[_Node]) -> np.ndarray:
+    """Return the packed token of every token of the rows."""
+    parts: list[list[tuple[int, int]]] = [[] for _ in rows]
+    for node in nodes:
+        if node.path is not None:
+            chain = [(path.packed, length) for path, length in node.path.chain(node.depth)]
+            for row in node.users:
+                parts[row] = chain
+    flat = [part for chain in parts for part in chain]
+    if not flat:
+        return np.zeros(0, dtype=np.int64)
+    begins, lengths = (np.array(column, dtype=np.int64) for column in zip(*flat, strict=True))
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1]) + np.repeat(begins - ends + lengths, lengths)

@@ -31,13 +31,14 @@ class PrefixLayer(CacheLayerMixin):
     def __init__(self) -> None:
         super().__init__()
         self.length = 0
+        self.room = 0
         self.mode = "append"
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for keys and values ``(1, heads, tokens, dim)``."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self.keys, self.values = (
-            x.new_empty(0, x.shape[1], x.shape[3]) for x in (key_states, value_states)
+            x.new_empty(self.room, x.shape[1], x.shape[3]) for x in (key_states, value_states)
         )
         self.is_initialized = True
 
@@ -66,8 +67,10 @@ class PrefixLayer(CacheLayerMixin):
         return keys, values
 
     def reserve(self, length: int) -> None:
-        """Make room for so many tokens."""
-        if self.keys.shape[0] < length:
+        """Make room for so many tokens, now or when the first come."""
+        if not self.is_initialized:
+            self.room = length
+        elif self.keys.shape[0] < length:
             for name in ("keys", "values"):
                 slab = getattr(self, name)
                 larger = slab.new_empty(length, *slab.shape[1:])
@@ -120,14 +123,18 @@ class SharedPrefix:
     It stays in memory and is never written anywhere. Scoring reads it and never changes it.
 
     Attributes:
-        ids: int64 ``(P,)`` on the CPU, its tokens.
+        ids: int64 ``(P,)`` on the CPU, its tokens; None if it was given as embeddings.
         cache: Keys and values.
         last_hidden: ``(1, d)``, final hidden state of the last token; None if P is 0.
         fingerprint: Of the model that computed it.
     """
 
     def __init__(
-        self, ids: Tensor, cache: PrefixCache, last_hidden: Tensor | None, fingerprint: tuple
+        self,
+        ids: Tensor | None,
+        cache: PrefixCache,
+        last_hidden: Tensor | None,
+        fingerprint: tuple[Any, ...],
     ) -> None:
         self.ids, self.cache, self.last_hidden = ids, cache, last_hidden
         self.fingerprint = fingerprint
@@ -138,7 +145,7 @@ class SharedPrefix:
     @property
     def length(self) -> int:
         """Number of tokens, P."""
-        return len(self.ids)
+        return self.cache.get_seq_length()
 
     @property
     def nbytes(self) -> int:

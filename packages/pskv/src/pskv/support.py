@@ -23,6 +23,12 @@ def inner_model(model: Any) -> Any:
     return getter() if callable(getter) else model
 
 
+def _adapters(model: Any) -> dict[str, Any]:
+    """Return the configurations of PEFT adapters, if the model has some."""
+    found = getattr(model, "peft_config", None)
+    return found if isinstance(found, dict) else {}
+
+
 def check_model(model: Any) -> None:
     """Refuse what cannot work.
 
@@ -38,6 +44,16 @@ def check_model(model: Any) -> None:
         raise UnsupportedModelError(
             f"model: expected a decoder with a language-model head, got {name}; load it by "
             "AutoModelForCausalLM"
+        )
+    if hasattr(head, "base_layer"):
+        raise UnsupportedModelError(
+            "model: its head carries an adapter; merge it (merge_and_unload), or leave the head "
+            "out of the adapter's target_modules"
+        )
+    if any(getattr(c, "is_prompt_learning", False) for c in _adapters(model).values()):
+        raise UnsupportedModelError(
+            "model: its adapter puts virtual tokens in front of every row; put their embeddings "
+            "into the prefix, or score it without a cache"
         )
     if not hasattr(head, "weight") or not isinstance(head, nn.Linear):
         raise UnsupportedModelError(
@@ -106,9 +122,13 @@ def fingerprint(model: Any) -> tuple[Any, ...]:
     inner = inner_model(model)
     weights = tuple((p.data_ptr(), p._version) for p in model.parameters())
     adapters = None
-    if getattr(model, "peft_config", None):
-        adapters = model.active_adapters
-        adapters = adapters() if callable(adapters) else adapters
+    if _adapters(model):
+        # PEFT keeps what is active, and whether it is switched off, in each layer
+        adapters = [
+            (module.active_adapters, module.disable_adapters)
+            for module in model.modules()
+            if hasattr(module, "disable_adapters") and hasattr(module, "active_adapters")
+        ]
     text = inner.config.get_text_config()
     attention = text._attn_implementation
     return (

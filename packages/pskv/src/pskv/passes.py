@@ -1,0 +1,393 @@
+"""Forward passes over rows that continue a prefix, as many tokens at a time as memory takes."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from pskv import support
+from pskv.attention import NAME, PackedCall, attention_of
+from pskv.backends import AutoBackend, check_backend
+from pskv.batching import MicroBatch, attempt
+from pskv.head import Head
+from pskv.planner import PackedLayout, pack, sort_rows
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pskv.prefix import PrefixCache, SharedPrefix
+
+#: Rows of requests that have this many more tokens in common share them as a prefix.
+_WORTH_A_PREFIX = 16
+IMPLEMENTATIONS = {"fused": "triton", "split": "split"}
+"""Backends that pack rows, and the implementation of the attention that each uses."""
+
+
+@dataclass(eq=False)
+class Work:
+    """Rows to score, and the place for their results.
+
+    Attributes:
+        rows: int64, the tokens of each row behind the prefix, targets included; where there is a
+            table, numbers of its rows.
+        first: int64 ``(N,)``, the place of each row's first target.
+        targets: int64 ``(R,)``, the target tokens of all rows, end to end.
+        bounds: int64 ``(N + 1,)``, where the targets of each row begin.
+        table: Embeddings ``(U, d)`` that stand for the tokens.
+        logprobs: float32 ``(R,)`` on the device; NaN until computed.
+        lse: float32 ``(R,)``, log-sum-exp of the logits that each target is chosen from.
+        greedy: bool ``(R,)``, whether a target is the likeliest token.
+        computed: Tokens passed through the model, padding included.
+        passes: Forward passes.
+    """
+
+    rows: list[np.ndarray]
+    first: np.ndarray
+    targets: np.ndarray
+    bounds: np.ndarray
+    table: Tensor | None
+    logprobs: Tensor
+    lse: Tensor
+    greedy: Tensor
+    computed: int = 0
+    passes: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        rows: list[np.ndarray],
+        first: np.ndarray,
+        device: torch.device,
+        *,
+        table: Tensor | None = None,
+        targets: np.ndarray | None = None,
+    ) -> Work:
+        """Make work of rows; targets are read off them unless they are given."""
+        counts = np.array([len(row) for row in rows], dtype=np.int64) - first
+        bounds = np.concatenate([[0], np.cumsum(counts)])
+        if targets is None:
+            ends = [row[start:] for row, start in zip(rows, first.tolist(), strict=True)]
+            targets = np.concatenate(ends) if ends else np.zeros(0, dtype=np.int64)
+        values = torch.full((2, int(bounds[-1])), float("nan"), device=device)
+        return cls(
+            rows, first, targets, bounds, table, values[0], values[1],
+            torch.zeros(len(targets), dtype=torch.bool, device=device),
+        )  # fmt: skip
+
+
+class Passes:
+    """A model, and how rows go through it.
+
+    Args:
+        model: The transformers model, with or without adapters.
+        backend: One of `pskv.backends.BACKENDS`.
+        micro_batch: Tokens of a pass, or "auto".
+        depth: Of how many packed rows one row may consist.
+        deterministic: Never choose by time.
+    """
+
+    def __init__(
+        self, model: Any, *, backend: str, micro_batch: int | str, depth: int, deterministic: bool
+    ) -> None:
+        self.model = model
+        self.inner = support.inner_model(model)
+        self.base = self.inner.base_model
+        self.head = Head.of(self.inner)
+        self.depth = depth
+        self.device = self.inner.get_input_embeddings().weight.device
+        self.backend = check_backend(backend, self.device)
+        self.auto = AutoBackend(self.device, deterministic=deterministic)
+        self.micro = MicroBatch.make(micro_batch, self.device)
+
+    def tensor(self, array: np.ndarray) -> Tensor:
+        """Copy an array to the device without waiting for it."""
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        if self.device.type == "cuda":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
+
+    @property
+    def packed_backend(self) -> str:
+        """The backend for what only packed rows can do."""
+        if self.backend in IMPLEMENTATIONS:
+            return self.backend
+        return self.auto.best
+
+    # -- prefixes --------------------------------------------------------------------------------
+
+    def append(
+        self, prefix: SharedPrefix, ids: np.ndarray, chunk: int | None = None,
+        table: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Add tokens to a prefix; with a table, the embeddings that ``ids`` number."""
+        start = prefix.cache.get_seq_length()
+        for layer in prefix.cache.held:
+            layer.reserve(start + len(ids))
+        step = chunk or max(1, self.micro.tokens)
+        for low in range(0, len(ids), step):
+            part = self.tensor(ids[low : low + step])[None]
+            place = torch.arange(start + low, start + low + part.shape[1], device=self.device)
+            hidden = self._forward(part, table, place[None], prefix.cache)
+            prefix.last_hidden = hidden[0, -1:].clone()
+
+    def _forward(
+        self, ids: Tensor, table: Tensor | None, places: Tensor, cache: Any, **options: Any
+    ) -> Tensor:
+        tokens = {"input_ids": ids} if table is None else {"inputs_embeds": table[ids]}
+        return self.base(
+            **tokens, position_ids=places, past_key_values=cache, use_cache=True, **options
+        ).last_hidden_state
+
+    # -- scores ----------------------------------------------------------------------------------
+
+    def run(self, shared: SharedPrefix, work: Work) -> str:
+        """Score all rows, and return the backend that did."""
+        backend, done = self._choose(shared, work)
+        order, common = sort_rows([row[:-1] for row in work.rows])
+        begin = time.perf_counter()
+        self._run(shared, work, order, common, 0, backend)
+        if done is not None:
+            done(time.perf_counter() - begin)
+        return backend
+
+    def descend(self, shared: SharedPrefix, work: Work) -> str:
+        """Score all rows; what many have in common joins the prefix while they are scored."""
+        order, common = sort_rows([row[:-1] for row in work.rows])
+        if len(order):
+            self._descend(shared, work, order, common, 0)
+        return self.packed_backend
+
+    def _descend(
+        self, shared: SharedPrefix, work: Work, order: np.ndarray, common: np.ndarray, depth: int
+    ) -> None:
+        """Score sorted rows whose first ``depth`` tokens are in the prefix."""
+        rows = work.rows
+        parting = int(common[1:].min(initial=len(rows[order[0]])))
+        # the first target of every row must be predicted from here on
+        alike = min(parting, int(work.first[order].min()))
+        held = (shared.cache.get_seq_length(), shared.last_hidden)
+        if len(order) > 1 and alike - depth >= _WORTH_A_PREFIX:
+            self.append(shared, rows[order[0]][depth:alike])
+            depth = alike
+        lengths = np.array([len(rows[row]) for row in order], dtype=np.int64) - depth
+        new = lengths - np.concatenate([[0], np.maximum(common[1:] - depth, 0)])
+        if new.sum() <= self.micro.tokens or len(order) == 1:
+            self._run(shared, work, order, common, depth, self.packed_backend)
+        else:
+            for part in _groups(new, np.flatnonzero(common[1:] == parting) + 1, self.micro.tokens):
+                self._descend(shared, work, order[part], common[part], depth)
+        shared.cache.truncate(held[0])
+        shared.last_hidden = held[1]
+
+    def _run(
+        self,
+        shared: SharedPrefix,
+        work: Work,
+        order: np.ndarray,
+        common: np.ndarray,
+        depth: int,
+        backend: str,
+    ) -> None:
+        """Score sorted rows whose first ``depth`` tokens are in the prefix already."""
+        common = np.maximum(common - depth, 0)
+        lengths = np.array([len(work.rows[row]) for row in order], dtype=np.int64) - depth - 1
+        low = 0
+        while low < len(order):
+            high = self._cut(backend, lengths, common, low)
+            tokens = int((lengths[low:high] - common[low:high]).sum() + common[low])
+            step = partial(
+                self._pass, shared, work, order[low:high], common[low:high], depth, backend
+            )
+            _, problem = attempt(partial(self._measured, step, tokens))
+            if problem is None:
+                self.micro.succeeded()
+                low = high
+            elif high - low == 1:
+                raise torch.OutOfMemoryError(
+                    f"{problem}; one row of {lengths[low]} tokens after a prefix of "
+                    f"{shared.cache.get_seq_length()} does not fit: shorten it, or free memory"
+                )
+            else:
+                self.micro.failed(tokens)
+
+    def _cut(self, backend: str, lengths: np.ndarray, common: np.ndarray, low: int) -> int:
+        """Return where the rows of a pass that begins at ``low`` end."""
+        if backend in IMPLEMENTATIONS:
+            new = lengths[low:] - common[low:]
+            new[0] += common[low]
+            fits = np.cumsum(new) <= self.micro.tokens
+        else:
+            widest = np.maximum.accumulate(lengths[low:])
+            fits = widest * np.arange(1, len(widest) + 1) <= self.micro.tokens
+        return low + max(1, int(fits.sum()))
+
+    def _measured(self, step: Callable[[], None], tokens: int) -> None:
+        if self.micro.fitted or self.device.type != "cuda" or tokens < 256:
+            step()
+            return
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        step()
+        used = torch.cuda.max_memory_allocated(self.device) - before
+        free, _ = torch.cuda.mem_get_info(self.device)
+        free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        self.micro.fit(tokens, used, free)
+
+    def _pass(
+        self,
+        shared: SharedPrefix,
+        work: Work,
+        order: np.ndarray,
+        common: np.ndarray,
+        depth: int,
+        backend: str,
+    ) -> None:
+        common = common.copy()
+        common[0] = 0
+        rows = [work.rows[row][depth:-1] for row in order.tolist()]
+        packs = backend in IMPLEMENTATIONS
+        packed = pack(rows, np.arange(len(rows)), common, self.depth if packs else 1)
+        # a row is told by its last token, if it has one
+        owner, place, slots = _targets(work, order, depth)
+        found = np.full(len(place), -1, dtype=np.int64)
+        inside = place >= 0
+        if packs:
+            hidden = self.packed(shared, packed, IMPLEMENTATIONS[backend], work.table)
+            found[inside] = packed.place(owner[inside], place[inside])
+            work.computed += len(packed.tokens)
+        else:
+            ends = np.array([packed.index[high - 1] if high > low else -1
+                             for low, high in pairwise(packed.bounds)])  # fmt: skip
+            _, kept, number = np.unique(ends, return_index=True, return_inverse=True)
+            chosen = [rows[row] for row in kept.tolist()]
+            width = max(map(len, chosen))
+            hidden = self._padded(shared, chosen, backend, work.table)
+            found[inside] = (number[owner] * width + place)[inside]
+            work.computed += width * len(chosen)
+        work.passes += 1
+        self._finish(shared, work, hidden, found, slots)
+
+    def _finish(
+        self, shared: SharedPrefix, work: Work, hidden: Tensor, places: np.ndarray,
+        slots: np.ndarray,
+    ) -> None:  # fmt: skip
+        """Turn hidden states into results; a place of -1 is the prefix's last."""
+        wanted, rows = np.unique(places, return_inverse=True)
+        states: list[Tensor] = []
+        if wanted[0] < 0 and shared.last_hidden is not None:
+            states.append(shared.last_hidden)
+            wanted = wanted[1:]
+        if len(wanted):
+            states.append(hidden[self.tensor(wanted)])
+        head = self.head.module.weight.device
+        chosen = self.tensor(work.targets[slots]).to(head)
+        mapping = self.tensor(rows.reshape(-1)).to(head)
+        result = self.head.logprobs(torch.cat(states).to(head), chosen, mapping)
+        slot = self.tensor(slots)
+        work.logprobs[slot] = result.logprob.float().to(self.device)
+        work.lse[slot] = result.lse[mapping].float().to(self.device)
+        work.greedy[slot] = (result.argmax[mapping] == chosen).to(self.device)
+
+    # -- forward passes --------------------------------------------------------------------------
+
+    def packed(
+        self, shared: SharedPrefix, packed: PackedLayout, impl: str, table: Tensor | None = None,
+        call: PackedCall | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Return final hidden states ``(T, d)`` of packed rows."""
+        if not len(packed.tokens):
+            return torch.empty(0)
+        held = shared.cache.get_seq_length()
+        call = call or PackedCall(packed.layout(held), shared.cache, impl)
+        ids, places = self.tensor(packed.tokens)[None], self.tensor(packed.positions + held)[None]
+        with attention_of(self.inner, NAME), shared.cache.mode("read"):
+            return self._forward(ids, table, places, shared.cache, pskv=call)[0]
+
+    def _padded(
+        self, shared: SharedPrefix, rows: list[np.ndarray], backend: str, table: Tensor | None
+    ) -> Tensor:
+        """Return final hidden states ``(rows * width, d)``, padding included."""
+        width = max(map(len, rows))
+        if not width:
+            return torch.empty(0)
+        ids = np.zeros((len(rows), width), dtype=np.int64)
+        for line, row in zip(ids, rows, strict=True):
+            line[: len(row)] = row
+        held = shared.cache.get_seq_length()
+        cache: Any = shared.cache
+        if backend == "replicate":
+            cache = replicated(shared.cache, len(rows))
+        places = torch.arange(held, held + width, device=self.device).expand(len(rows), -1)
+        with shared.cache.mode("expand"):
+            return self._forward(self.tensor(ids), table, places, cache).flatten(0, 1)
+
+    def states(
+        self, shared: SharedPrefix, row: np.ndarray, table: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Return what the embeddings and each layer make of one row, to look for a fault."""
+        if not len(row):
+            return () if shared.last_hidden is None else (shared.last_hidden,)
+        held = shared.cache.get_seq_length()
+        ids = self.tensor(row)[None]
+        tokens = {"input_ids": ids} if table is None else {"inputs_embeds": table[ids]}
+        places = torch.arange(held, held + len(row), device=self.device)[None]
+        with shared.cache.mode("expand"):
+            return self.base(
+                **tokens, position_ids=places, past_key_values=shared.cache, use_cache=True,
+                output_hidden_states=True,
+            ).hidden_states  # fmt: skip
+
+    def _choose(
+        self, shared: SharedPrefix, work: Work
+    ) -> tuple[str, Callable[[float], None] | None]:
+        if self.backend != "auto":
+            return self.backend, None
+        widest = max((len(row) for row in work.rows), default=1)
+        state = shared.nbytes // max(1, shared.cache.get_seq_length())
+        return self.auto.choose(len(work.rows), shared.cache.get_seq_length(), widest, state)
+
+
+def replicated(cache: PrefixCache, rows: int) -> DynamicCache:
+    """Return an ordinary cache with a copy of the prefix for each row, as search tools make it."""
+    copies = DynamicCache()
+    held = cache.get_seq_length()
+    for index, layer in enumerate(cache.held if held else ()):
+        keys, values = (
+            x[:held].transpose(0, 1)[None].expand(rows, -1, -1, -1)
+            for x in (layer.keys, layer.values)
+        )
+        copies.update(keys, values, index)
+    return copies
+
+
+def _targets(
+    work: Work, order: np.ndarray, depth: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the row in ``order`` of each target, the place that predicts it, and its slot."""
+    begins = work.bounds[order]
+    counts = work.bounds[order + 1] - begins
+    owner = np.repeat(np.arange(len(order)), counts)
+    within = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+    # the first target may be predicted by the prefix itself
+    place = np.maximum(work.first[order][owner] + within - depth - 1, -1)
+    return owner, place, begins[owner] + within
+
+
+def _groups(tokens: np.ndarray, bounds: np.ndarray, most: int) -> list[slice]:
+    """Cut rows at ``bounds``, and join neighbours that have at most ``most`` tokens together."""
+    edges = [0, *bounds.tolist(), len(tokens)]
+    found: list[slice] = []
+    for low, high in pairwise(edges):
+        if found and tokens[found[-1].start : high].sum() <= most:
+            found[-1] = slice(found[-1].start, high)
+        else:
+            found.append(slice(low, high))
+    return found
