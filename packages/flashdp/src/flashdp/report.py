@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from shared_kernels.files import write_text
 
 from flashdp._checks import check_fraction
 from flashdp.accounting import Mechanism
@@ -276,8 +276,8 @@ class PrivacyReport:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.to_dict(), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-        _replace(folder / MARKDOWN_NAME, self.to_markdown())
-        _replace(folder / JSON_NAME, text)
+        write_text(folder / MARKDOWN_NAME, self.to_markdown())
+        write_text(folder / JSON_NAME, text)
         return folder / JSON_NAME
 
     @classmethod
@@ -395,20 +395,3 @@ def _number(value: float) -> str:
 
 def _finite(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
-
-
-def _replace(path: Path, text: str) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp's files are for their owner only.
-        mask = os.umask(0)
-        os.umask(mask)
-        Path(name).chmod(0o666 & ~mask)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

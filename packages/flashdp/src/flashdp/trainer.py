@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from shared_kernels.files import write_text
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -27,7 +28,6 @@ from flashdp.engine import PrivacyEngine
 from flashdp.errors import PrivacyError
 from flashdp.groups import AdaptiveThresholds
 from flashdp.loader import PoissonDataLoader, poisson_data_loader
-from flashdp.report import PrivacyReport, _replace
 from flashdp.trainer_checks import (
     check_loss,
     loss_kind,
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from flashdp.config import PrivacyArguments
+    from flashdp.report import PrivacyReport
 
     # What the mixin is mixed into.
     _Base = Trainer
@@ -460,7 +461,7 @@ class DPTrainerMixin(_Base):
             "engine": self.engine.state_dict(),
             "loader": self._loader().state_dict(),
         }
-        _replace(Path(output_dir) / STATE_NAME, json.dumps(state, indent=2) + "\n")
+        write_text(Path(output_dir) / STATE_NAME, json.dumps(state, indent=2) + "\n")
 
 
 class DPTrainer(DPTrainerMixin, Trainer):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from shared_kernels.files import write_text
 from shared_kernels.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -111,10 +111,7 @@ def result_name(stem: str, device_name: str, only: str | None = None) -> str:
 
 def write_result(result: Result, path: Path) -> None:
     """Write a result file so that a reader sees the old one or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(to_json(result), encoding="utf-8")
-    draft.replace(path)
+    write_text(path, to_json(result))
 
 
 def to_json(value: object) -> str:
