@@ -1,3 +1,5 @@
+from . import integrations as integrations
+from . import search as search
 from ._version import __version__ as __version__
 from .cache import SharedPrefixCache as SharedPrefixCache
 from .errors import StalePrefixError as StalePrefixError

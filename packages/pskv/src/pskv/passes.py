@@ -47,6 +47,7 @@ class Work:
         greedy: bool ``(R,)``, whether a target is the likeliest token.
         computed: Tokens passed through the model, padding included.
         passes: Forward passes.
+        advance: Told the number of rows that are done.
     """
 
     rows: list[np.ndarray]
@@ -59,6 +60,7 @@ class Work:
     greedy: Tensor
     computed: int = 0
     passes: int = 0
+    advance: Callable[[int], object] | None = None
 
     @classmethod
     def of(
@@ -209,6 +211,8 @@ class Passes:
             _, problem = attempt(partial(self._measured, step, tokens))
             if problem is None:
                 self.micro.succeeded()
+                if work.advance is not None:
+                    work.advance(high - low)
                 low = high
             elif high - low == 1:
                 raise torch.OutOfMemoryError(

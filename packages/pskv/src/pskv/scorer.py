@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from shared_kernels._checks import check_choice, check_tensor, message
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from pskv import support
 from pskv.batching import attempt
@@ -44,7 +45,9 @@ class ScoreOutput:
         token_logprobs: For each row float32 ``(targets,)``.
         token_lse: For each row float32 ``(targets,)``, the log-sum-exp of the logits that each
             target is chosen from; a target's logit is its log-probability plus this.
-        is_greedy: bool ``(N,)``, whether every target is the likeliest token at its place.
+        token_is_greedy: For each row bool ``(targets,)``, whether a target is the likeliest token
+            at its place.
+        is_greedy: bool ``(N,)``, whether all of a row's are.
         num_tokens: int64 ``(N,)``, targets of each row.
         stats: What was done: backend, tokens computed, tokens that one pass per row computes,
             forward passes, seconds.
@@ -53,6 +56,7 @@ class ScoreOutput:
     logprobs: Tensor
     token_logprobs: list[Tensor]
     token_lse: list[Tensor]
+    token_is_greedy: list[Tensor]
     is_greedy: Tensor
     num_tokens: Tensor
     stats: dict[str, Any] = field(default_factory=dict)
@@ -245,10 +249,16 @@ class PrefixScorer:
                 shared.close()
             return output
 
-    def score_requests(self, requests: Sequence[tuple[Ids, Ids]]) -> list[tuple[float, bool]]:
+    def score_requests(
+        self, requests: Sequence[tuple[Ids, Ids]], *, progress: bool = False
+    ) -> list[tuple[float, bool]]:
         """Score (context, continuation) pairs of token ids, as evaluation harnesses make them.
 
         Contexts that begin alike share what they have in common, at every depth.
+
+        Args:
+            requests: The pairs.
+            progress: Show a bar.
 
         Returns:
             For each pair the sum of the log-probabilities of the continuation, and whether it is
@@ -264,7 +274,9 @@ class PrefixScorer:
             with self.prefill([]) as shared:
                 self._check(shared, rows, first)
                 work = Work.of(rows, first, self.device)
-                backend = self._passes.descend(shared, work)
+                with tqdm(total=len(rows), disable=not progress, desc="score") as bar:
+                    work.advance = bar.update
+                    backend = self._passes.descend(shared, work)
                 output = self._output(shared, work, backend, "sum", time.perf_counter())
             return list(zip(output.logprobs.tolist(), output.is_greedy.tolist(), strict=True))
 
@@ -491,8 +503,8 @@ class PrefixScorer:
         }
         parts = counts.tolist()
         return ScoreOutput(
-            sums.float(), list(values.split(parts)), list(lse.split(parts)), wrong == 0, tokens,
-            stats,
+            sums.float(), list(values.split(parts)), list(lse.split(parts)),
+            list(greedy.split(parts)), wrong == 0, tokens, stats,
         )  # fmt: skip
 
     def _where(self, shared: SharedPrefix, work: Work, row: int) -> str:

@@ -98,8 +98,10 @@ def check_length(model: Any, prefix: int, longest: int) -> None:
     """
     text = model.config.get_text_config()
     total = prefix + longest
+    # the last token of a row is predicted and predicts nothing
+    needed = total - 1 if longest else total
     limit = getattr(text, "max_position_embeddings", None)
-    if limit and total > limit:
+    if limit and needed > limit:
         raise ValueError(
             f"continuations: the longest row has {longest} tokens after a prefix of {prefix}, "
             f"{total} in all, and the model has {limit} positions; shorten the prefix or the row"
@@ -110,7 +112,7 @@ def check_length(model: Any, prefix: int, longest: int) -> None:
         if parameters.get("rope_type") not in _LENGTH_DEPENDENT_ROPE:
             continue
         original = parameters.get("original_max_position_embeddings") or limit
-        if original and total > original:
+        if original and needed > original:
             raise UnsupportedModelError(
                 f"model: its rotary angles ({parameters['rope_type']}) depend on the total length "
                 f"beyond {original} tokens, and this row has {total}; score it without a cache"

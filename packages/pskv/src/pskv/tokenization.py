@@ -37,7 +37,7 @@ class RoundTripFilter:
         self.tokenizer = tokenizer
         self.before, self.after = list(before), list(after)
         for name, part in (("before", self.before), ("after", self.after)):
-            if part and self._survive([part]) != [True]:
+            if part and read_again(tokenizer, [part]) != [part]:
                 raise ValueError(
                     f"{name}: expected token ids that decoding and encoding returns, got "
                     f"{tokenizer.decode(part)!r}, which is encoded otherwise; encode the text anew"
@@ -47,13 +47,15 @@ class RoundTripFilter:
         """Return bool ``(N,)`` on the CPU for candidates int64 ``(N, s)``."""
         check_tensor("ids", ids, dtypes=(torch.int64,), shape=(None, None), strided=True)
         rows = [self.before + row + self.after for row in ids.tolist()]
-        return torch.tensor(self._survive(rows), dtype=torch.bool)
+        again = read_again(self.tokenizer, rows)
+        return torch.tensor([a == b for a, b in zip(again, rows, strict=True)], dtype=torch.bool)
 
-    def _survive(self, rows: list[list[int]]) -> list[bool]:
-        if not rows:
-            return []
-        texts = self.tokenizer.batch_decode(
-            rows, skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-        again = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        return [a == b for a, b in zip(again, rows, strict=True)]
+
+def read_again(tokenizer: PreTrainedTokenizerBase, rows: list[list[int]]) -> list[list[int]]:
+    """Decode rows of token ids, special tokens included, and encode the texts."""
+    if not rows:
+        return []
+    texts = tokenizer.batch_decode(
+        rows, skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]

@@ -1,0 +1,5 @@
+"""Make tools that people already use share prefixes: nanogcg, lm-evaluation-harness."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

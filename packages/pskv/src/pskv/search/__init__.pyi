@@ -1,0 +1,11 @@
+from .beam import BeamSearch as BeamSearch
+from .config import BeamConfig as BeamConfig
+from .config import SearchConfig as SearchConfig
+from .coordinate import CoordinateSearch as CoordinateSearch
+from .prompt import SearchPrompt as SearchPrompt
+from .result import SearchResult as SearchResult
+from .result import SearchStep as SearchStep
+from .samplers import GradientSampler as GradientSampler
+from .samplers import MomentumSampler as MomentumSampler
+from .samplers import RandomSampler as RandomSampler
+from .samplers import Sampler as Sampler
