@@ -1,156 +1,157 @@
 """One step of a search: 512 candidates that differ from a parent in one token, on one prefix.
 
 Llama-3-8B's shape in bfloat16 with random weights: time and memory say something, scores do not.
-Suffix 20 tokens, tail 5, target 20. The peers run in the same process on the same candidates, each
-at the batch that a trial found fastest for it, and compute logits at the targets only, which the
-tools they stand for do not: "no cache" passes whole rows, "replicate" copies the prefix's keys and
-values for every row of a batch and keeps all layers' copies, "layerwise" copies them in each layer
-and drops them (the paper's way).
+Suffix 20 tokens, tail 5, target 20. `pskv.bench` says what the peers do; each runs at the batch
+that a trial found fastest for it.
 """
 
 from __future__ import annotations
 
-import time
-
-import numpy as np
 import torch
-from shared_kernels.bench import Arm, Workload, benchmark
+from shared_kernels.bench import Workload, benchmark
 
 ROWS, SUFFIX, TAIL, TARGET = 512, 20, 5, 20
 LAYERS = 32
-BATCHES = {"no cache": (16, 32), "replicate": (512, 256, 128, 64), "layerwise": (512, 256, 128)}
+
+
+def llama(device):
+    """Make Llama-3-8B's shape with random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336,
+        num_hidden_layers=LAYERS, num_attention_heads=32, num_key_value_heads=8,
+        max_position_embeddings=131072, rope_theta=500000.0, tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    default = torch.get_default_dtype()
+    with torch.device(device):
+        torch.set_default_dtype(torch.bfloat16)
+        model = LlamaForCausalLM(config).eval()
+        torch.set_default_dtype(default)
+    return model
 
 
 @benchmark
 def llama_8b(device):
+    """The step at three lengths of the prefix."""
     if device == "cpu":
         return
-    problem = _Problem(device)
+    from pskv import PrefixScorer
+    from pskv.bench import StepProblem, step_workload
+
+    scorer = PrefixScorer(llama(device), backend="fused")
     for prefix in (256, 1024, 4096):
-        yield _workload(problem, prefix)
-
-
-class _Problem:
-    def __init__(self, device):
-        from pskv import PrefixScorer
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        config = LlamaConfig(
-            vocab_size=128256, hidden_size=4096, intermediate_size=14336,
-            num_hidden_layers=LAYERS, num_attention_heads=32, num_key_value_heads=8,
-            max_position_embeddings=131072, rope_theta=500000.0, tie_word_embeddings=False,
+        problem = StepProblem(
+            scorer, prefix=prefix, rows=ROWS, suffix=SUFFIX, tail=TAIL, target=TARGET,
+            batches=(512, 256, 128, 64),
         )  # fmt: skip
-        torch.manual_seed(0)
-        with torch.device(device):
-            default = torch.get_default_dtype()
-            torch.set_default_dtype(torch.bfloat16)
-            self.model = LlamaForCausalLM(config).eval()
-            torch.set_default_dtype(default)
-        self.device = device
-        self.scorer = PrefixScorer(self.model, backend="fused")
-        self.generator = np.random.default_rng(0)
-        self.target = self.ids(TARGET)
-        self.prefix = None
-        self.candidates = None
-
-    def ids(self, *shape):
-        return self.generator.integers(0, 128256, shape)
-
-    def begin(self, length):
-        if self.prefix is not None:
-            self.prefix.close()
-        self.prefix = self.scorer.prefill(self.ids(length))
-        self.propose()
-
-    def propose(self):
-        """Make the candidates of a step."""
-        rows = np.tile(self.ids(SUFFIX + TAIL), (ROWS, 1))
-        rows[np.arange(ROWS), self.generator.integers(0, SUFFIX, ROWS)] = self.ids(ROWS)
-        self.candidates = torch.from_numpy(rows)
-
-    def ours(self):
-        return self.scorer.score(self.prefix, self.candidates, targets=self.target).logprobs
-
-    @torch.no_grad()
-    def peer(self, name, batch):
-        from transformers import DynamicCache
-
-        held = self.prefix.length
-        target = torch.from_numpy(self.target)
-        rows = torch.cat([self.candidates, target.expand(ROWS, -1)], 1).to(self.device)
-        found = []
-        for part in rows.split(batch):
-            options = {}
-            if name == "no cache":
-                before = self.prefix.ids.to(self.device).expand(len(part), -1)
-                part = torch.cat([before, part], 1)
-            else:
-                cache = self.prefix.cache
-                if name == "replicate":
-                    cache = DynamicCache()
-                    for index, layer in enumerate(self.prefix.cache.held):
-                        keys, values = (
-                            x[:held].transpose(0, 1)[None].expand(len(part), -1, -1, -1)
-                            for x in (layer.keys, layer.values)
-                        )
-                        cache.update(keys, values, index)
-                options = {"past_key_values": cache, "use_cache": True}
-            with self.prefix.cache.mode("expand"):
-                logits = self.model(part, logits_to_keep=TARGET + 1, **options).logits[:, :-1]
-            flat = torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1).float(), part[:, -TARGET:].flatten(), reduction="none"
-            )
-            found.append(-flat.view(len(part), TARGET).sum(1))
-            del logits, options
-        return torch.cat(found).cpu()
-
-    def best_batch(self, name):
-        """Return the fastest batch that fits."""
-        seconds = {}
-        for batch in BATCHES[name]:
-            try:
-                self.peer(name, batch)
-                torch.cuda.synchronize()
-                begin = time.perf_counter()
-                self.peer(name, batch)
-                torch.cuda.synchronize()
-                seconds[batch] = time.perf_counter() - begin
-            except torch.OutOfMemoryError:
-                pass
-            torch.cuda.empty_cache()
-            if name == "no cache" and self.prefix.length > 256:
-                break
-        return min(seconds, key=seconds.get)
-
-    def check(self):
-        ours, peer = self.ours(), self.peer("layerwise", 64)
-        assert (ours - peer).abs().max() <= 0.01 * peer.abs().max()
+        problem.ours()
+        peers = ("no cache", "replicate", "layerwise")[prefix > 1024 :]
+        yield step_workload(
+            problem, peers, name=f"step/llama-3-8b, {prefix} tokens",
+            few=(16, 32) if prefix == 256 else (16,),
+        )  # fmt: skip
+        problem.prefix.close()
 
 
-def _workload(problem, prefix):
-    problem.begin(prefix)
-    names = [name for name in BATCHES if name != "no cache" or prefix <= 1024]
-    batches = {name: problem.best_batch(name) for name in names}
+@benchmark
+def rows_that_fit(device):
+    """How many tokens a pass takes at a long prefix, relative to a short one."""
+    if device == "cpu":
+        return
+    from pskv import PrefixScorer
+    from pskv.bench import StepProblem
+    from shared_kernels.bench import Arm
 
-    def check():
-        problem.check()
+    model = llama(device)
+    free, _ = torch.cuda.mem_get_info()
+    # most memory is taken, so that it decides, and not the largest pass there is
+    ballast = torch.empty(max(0, free - (5 << 30)), dtype=torch.uint8, device=device)
+    found = {}
+    problems = {}
+    for prefix in (64, 8192):
+        scorer = PrefixScorer(model, backend="fused")
+        problems[prefix] = StepProblem(
+            scorer, prefix=prefix, rows=ROWS, suffix=SUFFIX, tail=TAIL, target=TARGET
+        )
+        for _ in range(3):
+            problems[prefix].ours()
+        found[str(prefix)] = scorer._passes.micro.tokens
+    yield Workload(
+        name="fits/llama-3-8b", baseline="64 tokens", check=lambda: None, device=device,
+        clock="wall", params={"tokens_per_pass": found, "free_GiB": 5, "rows": ROWS},
+        arms=[Arm(name=f"{prefix} tokens", fn=problem.ours) for prefix, problem in problems.items()],
+    )  # fmt: skip
+    del ballast
 
-    def arm(name, fn):
-        return Arm(name=name, fn=fn, setup=problem.propose)
 
-    return Workload(
-        name=f"step/llama-3-8b, {prefix} tokens",
-        params={
-            "prefix": prefix, "rows": ROWS, "suffix": SUFFIX, "tail": TAIL, "target": TARGET,
-            "layers": LAYERS, "dtype": "bf16", "batches": batches, "peers_logits": "targets",
-            "tokens_per_pass": problem.scorer._micro.tokens,
-        },
-        device=problem.device,
-        check=check,
-        clock="wall",
-        baseline="replicate",
+@benchmark
+def full_width(device):
+    """Extra peak memory against a replicated cache of all rows at once."""
+    if device == "cpu":
+        return
+    from pskv import PrefixScorer
+    from pskv.bench import StepProblem
+    from shared_kernels.bench import Arm
+
+    # 80 GB of copies do not fit beside the weights: half the layers hold half of both
+    global LAYERS
+    LAYERS = 12
+    scorer = PrefixScorer(llama(device), backend="fused")
+    LAYERS = 32
+    problem = StepProblem(scorer, prefix=1024, rows=ROWS, suffix=SUFFIX, tail=TAIL, target=TARGET)
+    problem.ours()
+    yield Workload(
+        name="memory/llama-3-8b, 12 layers, 1024 tokens, all rows at once", baseline="replicate",
+        check=problem.check, device=device, clock="wall", params={"layers": 12, "rows": ROWS},
         arms=[
-            *(arm(n, lambda n=n: problem.peer(n, batches[n])) for n in names),
-            arm("pskv", problem.ours),
+            Arm(name="replicate", fn=lambda: problem.peer("replicate", ROWS)),
+            Arm(name="pskv", fn=problem.ours),
         ],
     )  # fmt: skip
+
+
+@benchmark
+def small(device):
+    """A short prefix and few rows: nothing may be slower than the fastest peer."""
+    from pskv import PrefixScorer
+    from pskv.bench import StepProblem, step_workload
+
+    if device == "cpu":
+        from tenfold.assets import smollm2
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.float32).eval()
+    else:
+        model = llama(device)
+    scorer = PrefixScorer(model, backend="auto")
+    sizes = {"suffix": SUFFIX, "tail": TAIL, "target": TARGET}
+    problem = StepProblem(scorer, prefix=16, rows=8, batches=(8,), **sizes)
+    for _ in range(8):
+        problem.propose()
+        problem.ours()
+    yield step_workload(problem, name="small/16 tokens, 8 rows")
+
+
+@benchmark
+def smollm2_cpu(device):
+    """A real model on a CPU, against passes that expand the prefix and join it."""
+    if device != "cpu":
+        return
+    from pskv import PrefixScorer
+    from pskv.bench import StepProblem, step_workload
+    from tenfold.assets import smollm2
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.float32).eval()
+    scorer = PrefixScorer(model, backend="split")
+    for prefix, rows in ((256, 16), (1024, 16), (4096, 6)):
+        problem = StepProblem(
+            scorer, prefix=prefix, rows=rows, suffix=12, tail=4, target=8, batches=(rows,)
+        )
+        problem.ours()
+        yield step_workload(
+            problem, ("replicate", "layerwise"), name=f"step/SmolLM2-135M, {prefix} tokens"
+        )
+        problem.prefix.close()

@@ -2,8 +2,12 @@ from . import integrations as integrations
 from . import search as search
 from ._version import __version__ as __version__
 from .cache import SharedPrefixCache as SharedPrefixCache
+from .diagnosis import Report as Report
+from .diagnosis import diagnose as diagnose
 from .errors import StalePrefixError as StalePrefixError
 from .errors import UnsupportedModelError as UnsupportedModelError
+from .memory import MemoryPlan as MemoryPlan
+from .memory import memory_plan as memory_plan
 from .planner import PackedLayout as PackedLayout
 from .planner import plan as plan
 from .prefix import SharedPrefix as SharedPrefix

@@ -1,0 +1,7 @@
+"""``python -m pskv``: the command line."""
+
+import sys
+
+from pskv.cli import main
+
+sys.exit(main())

@@ -1,0 +1,173 @@
+"""A step of a search, timed beside the ways in which other tools hold the prefix.
+
+Every peer runs on the same candidates in the same process, at the batch that a trial found fastest
+for it, and computes logits at the targets only, which the tools that it stands for do not all do.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from shared_kernels._checks import check_choice
+from shared_kernels.bench import Arm, Workload
+from torch import Tensor
+
+from pskv.passes import replicated
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pskv.scorer import PrefixScorer
+
+PEERS = ("no cache", "replicate", "layerwise")
+"""Passes over whole rows; a copy of the prefix per row in all layers, as search tools make it; a
+copy per row in one layer at a time, the paper's way."""
+
+
+class StepProblem:
+    """Random candidates that differ from a parent in one token, and a target.
+
+    Args:
+        scorer: Of the model.
+        prefix: Tokens of the prefix.
+        rows: Candidates.
+        suffix: Tokens that may differ.
+        tail: Tokens between them and the target.
+        target: Tokens to score.
+        batches: Rows of a batch to try for each peer.
+    """
+
+    def __init__(
+        self,
+        scorer: PrefixScorer,
+        *,
+        prefix: int,
+        rows: int,
+        suffix: int,
+        tail: int,
+        target: int,
+        batches: Sequence[int] = (512, 256, 128, 64, 32, 16),
+    ) -> None:
+        self.scorer, self.rows, self.suffix, self.tail = scorer, rows, suffix, tail
+        self.batches = [batch for batch in batches if batch <= rows] or [rows]
+        self._generator = np.random.default_rng(0)
+        self.target = self._ids(target)
+        self.prefix = scorer.prefill(self._ids(prefix))
+        self.candidates = torch.empty(0)
+        self.propose()
+
+    def _ids(self, *shape: int) -> np.ndarray:
+        return self._generator.integers(0, self.scorer._encoder.vocabulary, shape)
+
+    def propose(self) -> None:
+        """Make the candidates of another step."""
+        candidates = np.tile(self._ids(self.suffix + self.tail), (self.rows, 1))
+        places = self._generator.integers(0, self.suffix, self.rows)
+        candidates[np.arange(self.rows), places] = self._ids(self.rows)
+        self.candidates = torch.from_numpy(candidates)
+
+    def ours(self) -> Tensor:
+        """Score them by the scorer."""
+        return self.scorer.score(self.prefix, self.candidates, targets=self.target).logprobs
+
+    @torch.no_grad()
+    def peer(self, name: str, batch: int) -> Tensor:
+        """Score them by a peer's way, ``batch`` rows at a time."""
+        device, count = self.scorer.device, len(self.target)
+        target = torch.from_numpy(self.target)
+        whole = torch.cat([self.candidates, target.expand(self.rows, -1)], 1).to(device)
+        before = None if self.prefix.ids is None else self.prefix.ids.to(device)
+        found = []
+        for part in whole.split(batch):
+            options: dict[str, Any] = {"use_cache": False}
+            rows = part
+            if name == "no cache":
+                assert before is not None
+                rows = torch.cat([before.expand(len(part), -1), part], 1)
+            else:
+                cache: Any = self.prefix.cache
+                if name == "replicate":
+                    cache = replicated(self.prefix.cache, len(part))
+                options = {"past_key_values": cache, "use_cache": True}
+            with self.prefix.cache.mode("expand"):
+                logits = self.scorer.model(rows, logits_to_keep=count + 1, **options).logits[:, :-1]
+            flat = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1).float(), part[:, -count:].flatten(), reduction="none"
+            )
+            found.append(-flat.view(len(part), count).sum(1))
+            del logits, options
+        return torch.cat(found).cpu()
+
+    def best_batch(self, name: str, batches: Sequence[int] | None = None) -> int:
+        """Return the fastest batch that fits.
+
+        Raises:
+            torch.OutOfMemoryError: None does.
+        """
+        seconds: dict[int, float] = {}
+        on_gpu = self.scorer.device.type == "cuda"
+        for batch in batches or self.batches:
+            try:
+                # a GPU's first call compiles and tunes; a CPU's one call is enough to compare
+                for _ in range(2 if on_gpu else 1):
+                    begin = time.perf_counter()
+                    self.peer(name, batch)
+                    seconds[batch] = time.perf_counter() - begin
+            except torch.OutOfMemoryError:
+                seconds.pop(batch, None)
+            if on_gpu:
+                torch.cuda.empty_cache()
+        if not seconds:
+            raise torch.OutOfMemoryError(f"{name}: no batch of {self.batches} fits")
+        return min(seconds, key=lambda batch: seconds[batch])
+
+    def check(self) -> None:
+        """Compare the scores with those of the first peer's way."""
+        ours, peer = self.ours(), self.peer("layerwise", self.batches[-1])
+        worst = float((ours - peer).abs().max())
+        scale = float(peer.abs().max())
+        if worst > 0.01 * scale:
+            raise AssertionError(f"scores differ by {worst:.2g} of {scale:.2g} nats")
+
+
+def step_workload(
+    problem: StepProblem, against: Sequence[str] = PEERS, *, name: str = "step",
+    few: Sequence[int] = (),
+) -> Workload:  # fmt: skip
+    """Return the workload of `shared_kernels.bench` for one step.
+
+    Args:
+        problem: The step.
+        against: Some of `PEERS`; the first but "no cache" is the baseline.
+        name: Of the workload.
+        few: Batches to try for "no cache", whose rows are long; by default those of the problem.
+    """
+    for peer in against:
+        check_choice("against", peer, PEERS)
+    batches = {
+        peer: problem.best_batch(peer, few if peer == "no cache" and few else None)
+        for peer in against
+    }
+    baseline = next((peer for peer in against if peer != "no cache"), "no cache")
+
+    def arm(title: str, fn: Any) -> Arm:
+        return Arm(name=title, fn=fn, setup=problem.propose)
+
+    arms = [
+        arm(peer, lambda peer=peer, batch=batch: problem.peer(peer, batch))
+        for peer, batch in batches.items()
+    ]
+    return Workload(
+        name=name, arms=[*arms, arm("pskv", problem.ours)], baseline=baseline,
+        check=problem.check, device=problem.scorer.device.type, clock="wall",
+        params={
+            "prefix": problem.prefix.length, "rows": problem.rows, "suffix": problem.suffix,
+            "tail": problem.tail, "target": len(problem.target),
+            "dtype": str(next(problem.scorer.model.parameters()).dtype).removeprefix("torch."),
+            "batches": batches, "backend": problem.scorer.backend,
+            "tokens_per_pass": problem.scorer._passes.micro.tokens,
+        },
+    )  # fmt: skip
