@@ -81,7 +81,7 @@ def rows_that_fit(device):
     yield Workload(
         name="fits/llama-3-8b", baseline="64 tokens", check=lambda: None, device=device,
         clock="wall", params={"tokens_per_pass": found, "free_GiB": 5, "rows": ROWS},
-        arms=[Arm(name=f"{prefix} tokens", fn=problem.ours) for prefix, problem in problems.items()],
+        arms=[Arm(name=f"{length} tokens", fn=p.ours) for length, p in problems.items()],
     )  # fmt: skip
     del ballast
 

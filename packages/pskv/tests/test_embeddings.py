@@ -17,16 +17,20 @@ def candidates(count=12, suffix=9):
     return torch.from_numpy(rows)
 
 
-@pytest.mark.parametrize("backend", ["split", "replicate"])
+@pytest.mark.parametrize(
+    "backend", ["split", "replicate", pytest.param("fused", marks=pytest.mark.gpu)]
+)
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
 def test_equals_token_ids(family, backend):
-    model = tiny_model(family)
+    if backend == "fused" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    model = tiny_model(family).to("cuda" if backend == "fused" else "cpu")
     scorer = PrefixScorer(model, backend=backend)
     embed = model.get_input_embeddings()
     rows = candidates()
     whole = torch.cat([rows, torch.tensor(TARGET).expand(len(rows), -1)], 1)
     with torch.no_grad():
-        embeds, before = embed(whole), embed(torch.tensor(PREFIX))
+        embeds, before = (embed(ids.to(model.device)) for ids in (whole, torch.tensor(PREFIX)))
     expected = scorer.score(PREFIX, rows, targets=TARGET)
     with scorer.prefill(before) as prefix:
         assert prefix.length == len(PREFIX) and prefix.ids is None

@@ -12,17 +12,20 @@ SUFFIXES = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [5, 6, 8]]
 
 
 def alone(model, suffix, **options):
-    ids = torch.tensor([PREFIX + suffix])
+    ids = torch.tensor([PREFIX + suffix], device=model.device)
     return model.generate(ids, attention_mask=torch.ones_like(ids), **options)[:, ids.shape[1] :]
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize(
     "family", ["llama", "mistral", "gemma2", "gemma3", "opt", "gpt2", "gpt_oss", "cohere2"]
 )
-def test_equals_rows_alone(family):
-    model = tiny_model(family, max_position_embeddings=64)
+def test_equals_rows_alone(family, device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    model = tiny_model(family, max_position_embeddings=64).to(device)
     options = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    scorer = PrefixScorer(model, backend="split")
+    scorer = PrefixScorer(model, backend="fused" if device == "cuda" else "split")
     before = model.config._attn_implementation
     with scorer.prefill(PREFIX) as prefix:
         sums = prefix.checksums()

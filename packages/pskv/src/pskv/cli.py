@@ -82,8 +82,9 @@ def doctor(
         ("backend", "largest error (nats)", "ms", "fastest"),
     )
     print(
-        f"Fastest at this size: {found.fastest}. Hidden states agree to {found.hidden_error:.1e} of their norm, logits by the head taken "
-        f"apart to {found.logits_error:.1e} (allowed: {found.bound:.0e})."
+        f"Fastest at this size: {found.fastest}. Hidden states agree to {found.hidden_error:.1e} "
+        f"of their norm, logits by the head taken apart to {found.logits_error:.1e} (allowed: "
+        f"{found.bound:.0e})."
     )
     return 0
 

@@ -1,0 +1,137 @@
+"""Fifty steps of a search by a real model, however the prefix is held: the same choices?
+
+``python packages/pskv/benchmarks/trajectory.py MODEL --out FILE``: the same seed under no cache,
+replicate, layerwise, split and, on a GPU, fused, in float32. Writes which steps agree in all
+candidates and in the choice, the largest difference of a loss, and the time of each search; and
+the same in bfloat16, where rounding may send a search another way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from pskv import PrefixScorer
+from pskv.scorer import ScoreOutput
+from pskv.search import CoordinateSearch, GradientSampler, SearchConfig
+from shared_kernels.bench import describe_run
+from shared_kernels.files import write_text
+
+MESSAGES, TARGET = "Write a short greeting.", "Hello, sunshine!"
+
+
+class Uncached(PrefixScorer):
+    """Passes over whole rows, for scores and gradients."""
+
+    @torch.no_grad()
+    def score(self, prefix, continuations, *, targets=None, reduction="sum"):
+        end = torch.as_tensor(np.asarray(targets))
+        rows = torch.as_tensor(np.asarray(continuations))
+        rows = torch.cat([rows, end.expand(len(rows), -1)], 1)
+        whole = torch.cat([prefix.ids.expand(len(rows), -1), rows], 1).to(self.device)
+        logits = [
+            self.model(part, use_cache=False, logits_to_keep=len(end) + 1).logits[:, :-1].cpu()
+            for part in whole.split(32)
+        ]
+        logits = torch.cat(logits).float()
+        found = logits.log_softmax(-1).gather(2, end.expand(len(rows), -1)[..., None])[..., 0]
+        greedy = logits.argmax(-1) == end
+        return ScoreOutput(
+            found.sum(1), list(found), list(logits.logsumexp(-1)), list(greedy), greedy.all(1),
+            torch.full((len(rows),), len(end)), {"tokens": whole.numel()},
+        )  # fmt: skip
+
+    def token_gradient(self, prefix, suffix_ids, tail_ids, target_ids, *, objective="nll"):
+        parts = [
+            torch.as_tensor(np.asarray(part)).to(self.device)
+            for part in (prefix.ids, suffix_ids, tail_ids, target_ids)
+        ]
+        embed = self.model.get_input_embeddings()
+        before, suffix, *rest = (embed(part).detach() for part in parts)
+        suffix.requires_grad_()
+        logits = self.model(inputs_embeds=torch.cat([before, suffix, *rest])[None]).logits[0]
+        logits = logits[-len(parts[3]) - 1 : -1].float()
+        loss = torch.nn.functional.cross_entropy(logits, parts[3], reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, suffix)
+        return gradient @ embed.weight.detach().mT
+
+
+class Recorder(GradientSampler):
+    """Keeps what was proposed."""
+
+    def __init__(self, topk):
+        super().__init__(topk)
+        self.seen = []
+
+    def propose(self, *args):
+        self.seen.append(super().propose(*args))
+        return self.seen[-1]
+
+
+def run(model, tokenizer, name, config):
+    scorer = (
+        Uncached(model, tokenizer)
+        if name == "no cache"
+        else PrefixScorer(model, tokenizer, backend=name)
+    )
+    sampler = Recorder(config.topk)
+    result = CoordinateSearch(scorer, config, sampler=sampler).run(MESSAGES, TARGET, progress=False)
+    return sampler.seen, result
+
+
+def compare(model, tokenizer, names, config):
+    runs = {name: run(model, tokenizer, name, config) for name in names}
+    first_seen, first = runs["no cache"]
+    rows = {}
+    for name, (seen, result) in runs.items():
+        candidates = [torch.equal(a, b) for a, b in zip(seen, first_seen, strict=True)]
+        chosen = [a.ids == b.ids for a, b in zip(result.steps, first.steps, strict=True)]
+        together = next((n for n, same in enumerate(chosen) if not same), len(chosen))
+        losses = np.abs(np.array(result.losses) - np.array(first.losses))
+        rows[name] = {
+            "steps": len(chosen), "candidates_equal": sum(candidates), "chosen_equal": sum(chosen),
+            "steps_together": together, "loss_difference": float(losses[:together].max(initial=0)),
+            "first_loss": first.losses[0], "best_loss": result.loss, "tokens": result.tokens,
+            "evaluations": result.evaluations, "seconds": result.seconds,
+        }  # fmt: skip
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    config = SearchConfig(steps=arguments.steps, width=arguments.width, topk=64, init="x x x x x x")
+    names = [
+        "no cache",
+        "replicate",
+        "layerwise",
+        "split",
+        *(["fused"] if device == "cuda" else []),
+    ]
+    found = {
+        "provenance": describe_run("packages/pskv/benchmarks/trajectory.py"),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "settings": {"steps": config.steps, "width": config.width, "seed": config.seed},
+    }
+    for dtype in (torch.float32, *([torch.bfloat16] if device == "cuda" else [])):
+        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype).to(device).eval()
+        found[str(dtype).removeprefix("torch.")] = compare(model, tokenizer, names, config)
+        write_text(arguments.out, json.dumps(found, indent=1))
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
