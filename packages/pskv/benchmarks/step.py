@@ -14,13 +14,13 @@ ROWS, SUFFIX, TAIL, TARGET = 512, 20, 5, 20
 LAYERS = 32
 
 
-def llama(device):
+def llama(device, layers=LAYERS):
     """Make Llama-3-8B's shape with random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=128256, hidden_size=4096, intermediate_size=14336,
-        num_hidden_layers=LAYERS, num_attention_heads=32, num_key_value_heads=8,
+        num_hidden_layers=layers, num_attention_heads=32, num_key_value_heads=8,
         max_position_embeddings=131072, rope_theta=500000.0, tie_word_embeddings=False,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -57,7 +57,7 @@ def llama_8b(device):
 
 @benchmark
 def rows_that_fit(device):
-    """How many tokens a pass takes at a long prefix, relative to a short one."""
+    """How many tokens a pass could take at a long prefix, relative to a short one."""
     if device == "cpu":
         return
     from pskv import PrefixScorer
@@ -65,25 +65,20 @@ def rows_that_fit(device):
     from shared_kernels.bench import Arm
 
     model = llama(device)
-    free, _ = torch.cuda.mem_get_info()
-    # most memory is taken, so that it decides, and not the largest pass there is
-    ballast = torch.empty(max(0, free - (5 << 30)), dtype=torch.uint8, device=device)
-    found = {}
-    problems = {}
+    fits, problems = {}, {}
     for prefix in (64, 8192):
         scorer = PrefixScorer(model, backend="fused")
         problems[prefix] = StepProblem(
             scorer, prefix=prefix, rows=ROWS, suffix=SUFFIX, tail=TAIL, target=TARGET
         )
-        for _ in range(3):
-            problems[prefix].ours()
-        found[str(prefix)] = scorer._passes.micro.tokens
+        torch.cuda.empty_cache()
+        problems[prefix].ours()
+        fits[str(prefix)] = scorer._passes.micro.fits
     yield Workload(
         name="fits/llama-3-8b", baseline="64 tokens", check=lambda: None, device=device,
-        clock="wall", params={"tokens_per_pass": found, "free_GiB": 5, "rows": ROWS},
+        clock="wall", params={"tokens_that_fit": fits, "rows": ROWS},
         arms=[Arm(name=f"{length} tokens", fn=p.ours) for length, p in problems.items()],
     )  # fmt: skip
-    del ballast
 
 
 @benchmark
@@ -95,19 +90,23 @@ def full_width(device):
     from pskv.bench import StepProblem
     from shared_kernels.bench import Arm
 
-    # 80 GB of copies do not fit beside the weights: half the layers hold half of both
-    global LAYERS
-    LAYERS = 12
-    scorer = PrefixScorer(llama(device), backend="fused")
-    LAYERS = 32
-    problem = StepProblem(scorer, prefix=1024, rows=ROWS, suffix=SUFFIX, tail=TAIL, target=TARGET)
-    problem.ours()
+    # 32 layers' copies are 69 GiB, which fit beside the weights on the largest cards only
+    layers = LAYERS if torch.cuda.get_device_properties(0).total_memory > 120e9 else 12
+    model = llama(device, layers)
+    sizes = {"prefix": 1024, "rows": ROWS, "suffix": SUFFIX, "tail": TAIL, "target": TARGET}
+    problems = [
+        StepProblem(PrefixScorer(model, backend="fused", micro_batch=tokens), **sizes)
+        for tokens in ("auto", 4096)
+    ]
+    problems[0].ours()
     yield Workload(
-        name="memory/llama-3-8b, 12 layers, 1024 tokens, all rows at once", baseline="replicate",
-        check=problem.check, device=device, clock="wall", params={"layers": 12, "rows": ROWS},
+        name="memory/llama-3-8b, 1024 tokens, all rows at once", baseline="replicate",
+        check=problems[0].check, device=device, clock="wall",
+        params={"layers": layers, **sizes},
         arms=[
-            Arm(name="replicate", fn=lambda: problem.peer("replicate", ROWS)),
-            Arm(name="pskv", fn=problem.ours),
+            Arm(name="replicate", fn=lambda: problems[0].peer("replicate", ROWS)),
+            Arm(name="pskv", fn=problems[0].ours),
+            Arm(name="pskv, 4096 tokens a pass", fn=problems[1].ours),
         ],
     )  # fmt: skip
 

@@ -12,7 +12,7 @@ FAMILIES = [
 ]  # fmt: skip
 #: Interpreting kernels is slow: these have windows, caps, sinks, learned positions, groups.
 INTERPRETED = {"llama", "mistral", "gemma2", "gpt2", "gpt_oss"}
-BACKENDS = ["split", "layerwise", "replicate", "fused"]
+BACKENDS = ["split", "layerwise", "replicate", "none", "fused"]
 
 
 def oracle(model, prefix, row, first):
@@ -257,7 +257,7 @@ def llama():
         ([[5, 96]], None, ValueError, r"token ids in \[0, 96\), got int 96"),
         ([[5, -1]], None, ValueError, "got int -1"),
         ([[0.5]], None, TypeError, r"continuations\[0\]: expected one dimension of token ids"),
-        ([[5] * 60], None, ValueError, "60 tokens after a prefix of 5, 65 in all, and the model"),
+        ([[5] * 61], None, ValueError, "61 tokens after a prefix of 5, 66 in all, and the model"),
         (["text"], None, ValueError, "tokenizer: texts need one"),
         ("text", None, TypeError, "a sequence of texts"),
         ([[5], [6]], [[7], [8], [9]], ValueError, "targets: expected 2 targets"),

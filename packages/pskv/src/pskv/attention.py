@@ -113,15 +113,20 @@ AttentionInterface.register(NAME, attend)
 AttentionMaskInterface.register(NAME, _no_mask)
 
 
+def configs_of(model: Any) -> list[Any]:
+    """Return the configurations that a model and its parts read their attention from."""
+    found = [m.__dict__["config"] for m in model.modules() if "config" in m.__dict__]
+    return list({id(config): config for config in found}.values())
+
+
 @contextmanager
-def attention_of(model: Any, name: str) -> Generator[None]:
+def attention_of(configs: list[Any], name: str) -> Generator[None]:
     """Let a model attend by the function of this name, and set back what it had."""
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-    before = [(config, config._attn_implementation) for config in configs.values()]
+    before = [config._attn_implementation for config in configs]
     try:
-        for config in configs.values():
+        for config in configs:
             config._attn_implementation_internal = name
         yield
     finally:
-        for config, value in before:
+        for config, value in zip(configs, before, strict=True):
             config._attn_implementation_internal = value

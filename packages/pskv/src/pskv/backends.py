@@ -12,7 +12,9 @@ from shared_kernels._library import interpreting
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-BACKENDS = ("auto", "fused", "split", "layerwise", "replicate")
+#: Prefixes of up to so many times the rows' length may be quicker to pass again.
+_SHORT = 2
+BACKENDS = ("auto", "fused", "split", "layerwise", "replicate", "none")
 
 
 def check_backend(backend: str, device: torch.device) -> str:
@@ -39,14 +41,23 @@ class AutoBackend:
         self.seconds: dict[tuple[int, ...], dict[str, float]] = {}
 
     def choose(
-        self, rows: int, prefix: int, widest: int, state_bytes: int
+        self, rows: int, prefix: int, widest: int, state_bytes: int, *, plain: bool
     ) -> tuple[str, Callable[[float], None] | None]:
-        """Return a backend, and what to tell the seconds of the call, if it is still timed."""
+        """Return a backend, and what to tell the seconds of the call, if it is still timed.
+
+        Args:
+            rows: Continuations.
+            prefix: Tokens of the prefix.
+            widest: Tokens of the longest continuation.
+            state_bytes: Keys and values of a token.
+            plain: Whether whole rows can be passed as token ids.
+        """
         if self.deterministic or not rows:
             return self.best, None
-        size = tuple(x.bit_length() for x in (rows, prefix, widest))
+        size = (*(x.bit_length() for x in (rows, prefix, widest)), int(plain))
         known = self.seconds.setdefault(size, {})
-        for backend in self._candidates(rows * (prefix + widest) * state_bytes):
+        small = plain and prefix <= _SHORT * widest
+        for backend in self._candidates(rows * (prefix + widest) * state_bytes, small):
             # the first call of a size also compiles and warms up
             if f"{backend}, second" not in known:
                 name = f"{backend}, second" if backend in known else backend
@@ -57,10 +68,14 @@ class AutoBackend:
     def _note(self, known: dict[str, float], name: str, tokens: int, seconds: float) -> None:
         known[name] = seconds / max(1, tokens)
 
-    def _candidates(self, copies: int) -> list[str]:
-        """Return backends worth a trial: copies must be small beside the free memory."""
+    def _candidates(self, copies: int, small: bool) -> list[str]:
+        """Return backends worth a trial.
+
+        Copies must be small beside the free memory, and a prefix that is passed again short.
+        """
         if self.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self.device)
         else:
             free = 2 << 30
-        return [self.best, *(["replicate", "layerwise"] if copies < free // 8 else [])]
+        copying = ["replicate", "layerwise"] if copies < free // 8 else []
+        return [self.best, *copying, *(["none"] if small else [])]

@@ -31,12 +31,14 @@ class MicroBatch:
     Attributes:
         tokens: At most this many, if a single row does not need more.
         fitted: Whether ``tokens`` needs no first pass any more.
+        fits: Tokens that would fit, however useless so many are; 0 until known.
     """
 
     tokens: int
     fitted: bool = True
     ceiling: int = LARGEST
     successes: int = 0
+    fits: int = 0
 
     @classmethod
     def make(cls, setting: int | str, device: torch.device) -> MicroBatch:
@@ -53,7 +55,8 @@ class MicroBatch:
     def fit(self, tokens: int, used: int, free: int) -> None:
         """Take note of a first pass that needed ``used`` bytes while ``free`` were free."""
         self.fitted = True
-        self.ceiling = max(_FIRST, min(LARGEST, int(0.9 * free / max(1.0, used / tokens))))
+        self.fits = int(0.9 * free / max(1.0, used / tokens))
+        self.ceiling = max(_FIRST, min(LARGEST, self.fits))
         self.tokens = self.ceiling
 
     def succeeded(self) -> None:

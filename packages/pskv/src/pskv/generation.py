@@ -181,7 +181,7 @@ def generate(
     pads = np.array([longest - len(row) for row in rows])
     cache = GrowingCache(shared.cache, longest + limit)
     call = GrowingCall(cache, pads, impl)
-    with attention_of(passes.inner, NAME), growing(call):
+    with attention_of(passes.configs, NAME), growing(call):
         found = passes.model.generate(
             input_ids=passes.tensor(ids), attention_mask=passes.tensor(mask),
             past_key_values=cache, **{"pad_token_id": pad, **options, "max_new_tokens": limit},

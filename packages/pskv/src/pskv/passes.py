@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from pskv import support
-from pskv.attention import NAME, PackedCall, attention_of
+from pskv.attention import NAME, PackedCall, attention_of, configs_of
 from pskv.backends import AutoBackend, check_backend
 from pskv.batching import MicroBatch, attempt
 from pskv.head import Head
@@ -102,6 +102,7 @@ class Passes:
         self.model = model
         self.inner = support.inner_model(model)
         self.base = self.inner.base_model
+        self.configs = configs_of(self.inner)
         self.head = Head.of(self.inner)
         self.depth = depth
         self.device = self.inner.get_input_embeddings().weight.device
@@ -203,7 +204,8 @@ class Passes:
         lengths = np.array([len(work.rows[row]) for row in order], dtype=np.int64) - depth - 1
         low = 0
         while low < len(order):
-            high = self._cut(backend, lengths, common, low)
+            extra = shared.length if backend == "none" else 0
+            high = self._cut(backend, lengths + extra, common, low)
             tokens = int((lengths[low:high] - common[low:high]).sum() + common[low])
             step = partial(
                 self._pass, shared, work, order[low:high], common[low:high], depth, backend
@@ -275,7 +277,8 @@ class Passes:
             width = max(map(len, chosen))
             hidden = self._padded(shared, chosen, backend, work.table)
             found[inside] = (number[owner] * width + place)[inside]
-            work.computed += width * len(chosen)
+            held = shared.length if backend == "none" else 0
+            work.computed += (held + width) * len(chosen)
         work.passes += 1
         self._finish(shared, work, hidden, found, slots)
 
@@ -312,7 +315,7 @@ class Passes:
         held = shared.cache.get_seq_length()
         call = call or PackedCall(packed.layout(held), shared.cache, impl)
         ids, places = self.tensor(packed.tokens)[None], self.tensor(packed.positions + held)[None]
-        with attention_of(self.inner, NAME), shared.cache.mode("read"):
+        with attention_of(self.configs, NAME), shared.cache.mode("read"):
             return self._forward(ids, table, places, shared.cache, pskv=call)[0]
 
     def _padded(
@@ -326,12 +329,18 @@ class Passes:
         for line, row in zip(ids, rows, strict=True):
             line[: len(row)] = row
         held = shared.cache.get_seq_length()
+        tokens = self.tensor(ids)
+        if backend == "none":
+            assert shared.ids is not None
+            before = self.tensor(shared.ids.numpy()).expand(len(rows), -1)
+            whole = self.base(input_ids=torch.cat([before, tokens], 1), use_cache=False)
+            return whole.last_hidden_state[:, held:].flatten(0, 1)
         cache: Any = shared.cache
         if backend == "replicate":
             cache = replicated(shared.cache, len(rows))
         places = torch.arange(held, held + width, device=self.device).expand(len(rows), -1)
         with shared.cache.mode("expand"):
-            return self._forward(self.tensor(ids), table, places, cache).flatten(0, 1)
+            return self._forward(tokens, table, places, cache).flatten(0, 1)
 
     def states(
         self, shared: SharedPrefix, row: np.ndarray, table: Tensor | None
@@ -352,11 +361,15 @@ class Passes:
     def _choose(
         self, shared: SharedPrefix, work: Work
     ) -> tuple[str, Callable[[float], None] | None]:
+        plain = shared.ids is not None and work.table is None
         if self.backend != "auto":
+            if self.backend == "none" and not plain:
+                raise ValueError("backend: 'none' needs token ids, not embeddings; use another")
             return self.backend, None
+        held = shared.cache.get_seq_length()
         widest = max((len(row) for row in work.rows), default=1)
-        state = shared.nbytes // max(1, shared.cache.get_seq_length())
-        return self.auto.choose(len(work.rows), shared.cache.get_seq_length(), widest, state)
+        state = shared.nbytes // max(1, held)
+        return self.auto.choose(len(work.rows), held, widest, state, plain=plain)
 
 
 def replicated(cache: PrefixCache, rows: int) -> DynamicCache:

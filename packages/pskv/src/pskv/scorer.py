@@ -73,8 +73,9 @@ class PrefixScorer:
         model: The model, in eval mode, with or without PEFT adapters.
         tokenizer: For texts and chats; token ids need none.
         backend: ``fused`` (Triton kernel), ``split`` (plain torch), ``layerwise`` (a copy of the
-            prefix per row and layer), ``replicate`` (per row), or ``auto``: each that can work is
-            timed on real calls and the fastest goes on.
+            prefix per row and layer), ``replicate`` (per row), ``none`` (the prefix is passed
+            again with every row), or ``auto``: each that can work is timed on real calls and the
+            fastest goes on.
         micro_batch: Most tokens of a forward pass, or ``auto``: what fits into memory.
         share_parent: Compute tokens that rows have in common once.
         deterministic: Never choose by time.
