@@ -32,27 +32,38 @@ def llama(device, layers=LAYERS):
     return model
 
 
-@benchmark
-def llama_8b(device):
-    """The step at three lengths of the prefix."""
+def _steps(device, prefix, peers, few):
     if device == "cpu":
         return
     from pskv import PrefixScorer
     from pskv.bench import StepProblem, step_workload
 
     scorer = PrefixScorer(llama(device), backend="fused")
-    for prefix in (256, 1024, 4096):
-        problem = StepProblem(
-            scorer, prefix=prefix, rows=ROWS, suffix=SUFFIX, tail=TAIL, target=TARGET,
-            batches=(512, 256, 128, 64),
-        )  # fmt: skip
+    problem = StepProblem(
+        scorer, prefix=prefix, rows=ROWS, suffix=SUFFIX, tail=TAIL, target=TARGET,
+        batches=(512, 256, 128, 64),
+    )  # fmt: skip
+    for _ in range(3):
         problem.ours()
-        peers = ("no cache", "replicate", "layerwise")[prefix > 1024 :]
-        yield step_workload(
-            problem, peers, name=f"step/llama-3-8b, {prefix} tokens",
-            few=(16, 32) if prefix == 256 else (16,),
-        )  # fmt: skip
-        problem.prefix.close()
+    yield step_workload(problem, peers, name=f"step/llama-3-8b, {prefix} tokens", few=few)
+
+
+@benchmark
+def prefix_256(device):
+    """The step behind a short prefix."""
+    yield from _steps(device, 256, ("no cache", "replicate", "layerwise"), (16, 32))
+
+
+@benchmark
+def prefix_1024(device):
+    """The step behind a middling one."""
+    yield from _steps(device, 1024, ("no cache", "replicate", "layerwise"), (16,))
+
+
+@benchmark
+def prefix_4096(device):
+    """The step behind a long one, where no peer can pass whole rows in any time."""
+    yield from _steps(device, 4096, ("replicate", "layerwise"), ())
 
 
 @benchmark
