@@ -138,7 +138,7 @@ def small(device):
     scorer = PrefixScorer(model, backend="auto")
     sizes = {"suffix": SUFFIX, "tail": TAIL, "target": TARGET}
     problem = StepProblem(scorer, prefix=16, rows=8, batches=(8,), **sizes)
-    for _ in range(8):
+    for _ in range(20):
         problem.propose()
         problem.ours()
     yield step_workload(problem, name="small/16 tokens, 8 rows")

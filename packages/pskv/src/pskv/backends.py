@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 #: Prefixes of up to so many times the rows' length may be quicker to pass again.
 _SHORT = 2
+#: Calls that each backend is given before one is chosen.
+_TRIALS = 4
 BACKENDS = ("auto", "fused", "split", "layerwise", "replicate", "none")
 
 
@@ -38,7 +40,7 @@ class AutoBackend:
         self.device = device
         self.best = "fused" if device.type == "cuda" else "split"
         self.deterministic = deterministic
-        self.seconds: dict[tuple[int, ...], dict[str, float]] = {}
+        self.seconds: dict[tuple[int, ...], dict[str, list[float]]] = {}
 
     def choose(
         self, rows: int, prefix: int, widest: int, state_bytes: int, *, plain: bool
@@ -58,15 +60,14 @@ class AutoBackend:
         known = self.seconds.setdefault(size, {})
         small = plain and prefix <= _SHORT * widest
         for backend in self._candidates(rows * (prefix + widest) * state_bytes, small):
-            # the first call of a size also compiles and warms up
-            if f"{backend}, second" not in known:
-                name = f"{backend}, second" if backend in known else backend
-                return backend, partial(self._note, known, name, rows * widest)
-        timed = {name: known[name] for name in known if name.endswith(", second")}
-        return min(timed, key=timed.__getitem__).removesuffix(", second"), None
+            seconds = known.setdefault(backend, [])
+            if len(seconds) < _TRIALS:
+                return backend, partial(self._note, seconds, rows * widest)
+        # the first call of a size also compiles and warms up; noise only adds
+        return min(known, key=lambda backend: min(known[backend][1:])), None
 
-    def _note(self, known: dict[str, float], name: str, tokens: int, seconds: float) -> None:
-        known[name] = seconds / max(1, tokens)
+    def _note(self, trials: list[float], tokens: int, seconds: float) -> None:
+        trials.append(seconds / max(1, tokens))
 
     def _candidates(self, copies: int, small: bool) -> list[str]:
         """Return backends worth a trial.
