@@ -101,13 +101,48 @@ def compare(model, tokenizer, names, config):
     return rows
 
 
+def table(found):
+    """Return the result as Markdown."""
+    rows = [
+        "| dtype | prefix | steps with the same choice | candidates equal to the last | "
+        "largest difference of a loss while together | loss after 50 steps | tokens computed |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]
+    for dtype in ("float32", "bfloat16"):
+        for name, row in found.get(dtype, {}).items():
+            rows.append(
+                f"| {dtype} | {name} | {row['chosen_equal']} of {row['steps']} | "
+                f"{row['candidates_equal']} of {row['steps']} | {row['loss_difference']:.1e} | "
+                f"{row['best_loss']:.3f} | {row['tokens']:,} |"
+            )
+    machine, made = found["device"], found["provenance"]
+    versions = made["versions"]
+    return "\n".join([
+        *rows, "",
+        f"{machine}; torch {versions['torch']}, transformers {versions['transformers']}; commit "
+        f"{made['commit'][:12]}; {made['date'][:10]}.",
+    ])  # fmt: skip
+
+
+def report(result, readme):
+    """Fill the README's ``<!-- trajectory -->`` block."""
+    begin, end = "<!-- trajectory -->", "<!-- /trajectory -->"
+    text = readme.read_text(encoding="utf-8")
+    head, rest = text.split(begin)
+    body = table(json.loads(result.read_text(encoding="utf-8")))
+    write_text(readme, f"{head}{begin}\n{body}\n{end}{rest.split(end)[1]}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model")
+    parser.add_argument("model", help="a folder, or a README to fill in from --out")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
+    if arguments.model.endswith(".md"):
+        report(arguments.out, Path(arguments.model))
+        return
     warnings.simplefilter("ignore")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
