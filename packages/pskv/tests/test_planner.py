@@ -83,6 +83,25 @@ def test_candidates_of_a_coordinate_search_hang_on_their_parent():
     assert len({chain[0][0] for chain in layout.segments if chain}) == 1
 
 
+@pytest.mark.parametrize("max_depth", [2, 3, 5])
+def test_rows_that_part_again_and_again(max_depth):
+    generator = np.random.default_rng(1)
+    deepest = 0
+    for _ in range(50):
+        rows = [generator.integers(0, 50, 12)]
+        for _ in range(3):
+            # each row goes on in two or three ways, twelve tokens or more at a time
+            rows = [
+                np.concatenate([row, generator.integers(0, 50, generator.integers(12, 20))])
+                for row in rows
+                for _ in range(generator.integers(2, 4))
+            ]
+        layout = plan(rows, max_depth=max_depth)
+        assert_sound(rows, layout, max_depth)
+        deepest = max(deepest, *map(len, layout.segments))
+    assert deepest == min(max_depth - 1, 3)
+
+
 def test_equal_rows_are_computed_once():
     layout = plan([[1, 2, 3], [1, 2, 3], [1, 2], []])
     assert layout.tokens.tolist() == [1, 2, 3]
