@@ -5,7 +5,7 @@ import pytest
 import torch
 from pskv import PrefixScorer, StalePrefixError
 from shared_kernels.testing.models import tiny_model
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor
 
 PREFIX = np.random.default_rng(1).integers(3, 90, 18).tolist()
 SUFFIXES = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [5, 6, 8]]
@@ -14,6 +14,17 @@ SUFFIXES = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [5, 6, 8]]
 def alone(model, suffix, **options):
     ids = torch.tensor([PREFIX + suffix], device=model.device)
     return model.generate(ids, attention_mask=torch.ones_like(ids), **options)[:, ids.shape[1] :]
+
+
+class Recorder(LogitsProcessor):
+    """Keeps the logits of every step, which say more than the tokens they lead to."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, input_ids, scores):
+        self.seen.append(scores.cpu().clone())
+        return scores
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -29,11 +40,16 @@ def test_equals_rows_alone(family, device):
     before = model.config._attn_implementation
     with scorer.prefill(PREFIX) as prefix:
         sums = prefix.checksums()
-        found = scorer.generate_many(prefix, SUFFIXES, **options)
+        ours = Recorder()
+        found = scorer.generate_many(prefix, SUFFIXES, logits_processor=[ours], **options)
         assert all(torch.equal(a, b) for a, b in zip(prefix.checksums(), sums, strict=True))
     assert model.config._attn_implementation == before
-    for suffix, tokens in zip(SUFFIXES, found, strict=True):
-        assert tokens.tolist() == alone(model, suffix, **options)[0].tolist()
+    for row, (suffix, tokens) in enumerate(zip(SUFFIXES, found, strict=True)):
+        theirs = Recorder()
+        expected = alone(model, suffix, logits_processor=[theirs], **options)
+        assert tokens.tolist() == expected[0].tolist()
+        for a, b in zip(ours.seen, theirs.seen, strict=True):
+            torch.testing.assert_close(a[row], b[0], rtol=0, atol=2e-5)
 
 
 def test_beams_and_several_sequences():

@@ -18,6 +18,7 @@ from pskv.search import (
     SearchConfig,
     SearchPrompt,
 )
+from pskv.search.evaluate import Evaluation
 from pskv.search.samplers import allowed_tokens
 from shared_kernels.testing.models import tiny_model
 from tenfold.assets import smollm2
@@ -161,6 +162,21 @@ def test_a_search_stops_when_the_target_is_said(scorer, tokenizer):
     )  # fmt: skip
     assert made[0, len(row) :].tolist() == prompt.target.tolist()
     assert result.elicited_at <= result.evaluations
+
+
+def test_all_tokens_must_be_what_greedy_decoding_gives(tiny):
+    before, after = np.arange(5, 12), np.arange(20, 23)
+    candidate = torch.tensor([[30, 31, 32]])
+    row = torch.cat([torch.from_numpy(before), candidate[0], torch.from_numpy(after)])[None]
+    said = tiny.model.generate(
+        row, attention_mask=torch.ones_like(row), max_new_tokens=3, do_sample=False
+    )[0, row.shape[1] :].numpy()
+    for target, expected in ((said, True), (np.append(said[:2], said[2] - 1), False)):
+        prompt = SearchPrompt(before, after, target, ("", ""))
+        for limit in (None, 1e9):
+            evaluation = Evaluation(tiny, prompt, max_perplexity=limit)
+            assert evaluation.losses(candidate).greedy.tolist() == [expected]
+            assert (evaluation.elicited is not None) == expected
 
 
 def test_stopping_and_going_on(tiny, tmp_path):
