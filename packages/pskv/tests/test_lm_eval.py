@@ -62,7 +62,7 @@ def task(tmp_path, monkeypatch):
         {"country": country, "options": (cities[n:] + cities)[:4], "answer": 0}
         for n, country in enumerate(CAPITALS)
     ]
-    for name, part in (("train", docs[:3]), ("test", docs[3:])):
+    for name, part in (("train", docs[:3]), ("test", docs[3:6])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in part))
     folder = tmp_path / "tasks"
     folder.mkdir()
@@ -85,7 +85,7 @@ def test_a_task_gives_the_same_answers(models, task):
         found.append((result["results"]["capitals"]["acc,none"],
                       [sample["filtered_resps"] for sample in samples]))  # fmt: skip
     (accuracy, plain), (ours, shared) = found
-    assert ours == accuracy >= 0.8
+    assert ours == accuracy >= 0.6
     for a, b in zip(itertools.chain(*plain), itertools.chain(*shared), strict=True):
         assert b[0] == pytest.approx(a[0], abs=1e-4)
         assert b[1] == a[1]

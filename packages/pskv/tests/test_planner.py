@@ -35,7 +35,7 @@ def assert_sound(rows, layout, max_depth):
 ROWS = st.lists(st.lists(st.integers(0, 2), max_size=12), max_size=12)
 
 
-@settings(max_examples=2000, deadline=None, derandomize=True, database=None)
+@settings(max_examples=500, deadline=None, derandomize=True, database=None)
 @given(rows=ROWS, max_depth=st.integers(1, 4))
 def test_random_rows(rows, max_depth):
     layout = plan(rows, max_depth=max_depth)
