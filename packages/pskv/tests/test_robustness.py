@@ -85,6 +85,8 @@ def test_pairs():
     assert (same.ratio, same.ratio_low, same.ratio_high) == (1, 1, 1)
     # a smaller budget limits what both can show
     assert compare(report(grid(rows), made=22), report(grid(rows), made=100)).budget == 22
+    slow, fast = ({("a", 0): at, ("a", 1): None} for at in (80, 20))
+    assert compare(report(slow, made=40), report(fast, made=40)).ratio == pytest.approx(2**0.5)
     with pytest.raises(ValueError, match="no canary and seed in common"):
         compare(report({("a", 0): 1}), report({("b", 0): 1}))
 
