@@ -100,7 +100,7 @@ class BeamSearch:
         if not evaluation.prefix.length and not beams.shape[1]:
             raise ValueError("messages: expected a token before the place, as the first is drawn")
         logits = self.scorer.next_token_logits(evaluation.prefix, rows).double().cpu()
-        evaluation.tokens += beams.numel()
+        evaluation.count_draws(beams.numel(), len(rows))
         logits[:, special[special < logits.shape[1]]] = -torch.inf
         chances = (logits / self.config.temperature).softmax(-1)
         count = min(draws, int((chances > 0).sum(1).min()))

@@ -140,6 +140,11 @@ class Evaluation:
         self.flops += 2 * self._per_token * length
         self.flops += 2 * self._per_target * len(self.prompt.target)
 
+    def count_draws(self, tokens: int, rows: int) -> None:
+        """Take note of a pass that asks what follows so many rows."""
+        self.tokens += tokens
+        self.flops += self._per_token * tokens + self._per_target * rows
+
     def _note(self, candidates: Tensor, nll: Tensor, loss: Tensor, greedy: Tensor) -> None:
         found = greedy.nonzero()[:, 0]
         if self.elicited is None and len(found):
