@@ -69,8 +69,8 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 @pytest.mark.parametrize("bias", [False, True])
 def test_against_log_softmax(kernel_device, impl, options, bias, monkeypatch):
-    monkeypatch.setattr(launch, "ROWS", 5)
-    monkeypatch.setattr(launch, "COLUMNS", 37)
+    for name, value in (("ROWS", 5), ("ELEMENTS", 5 * 37), ("STEP", 37)):
+        monkeypatch.setattr(launch, name, value)
     monkeypatch.setattr(reference, "BLOCK_ELEMENTS", 300)
     device = kernel_device if impl == "triton" else "cpu"
     for targets in (None, 0, 31):
@@ -100,7 +100,8 @@ def test_16_bit_inputs_are_not_rounded_again(kernel_device, impl, dtype):
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])
 def test_ties_go_to_the_lowest_token(kernel_device, impl, monkeypatch):
-    monkeypatch.setattr(launch, "COLUMNS", 16)
+    monkeypatch.setattr(launch, "ELEMENTS", 32)
+    monkeypatch.setattr(launch, "STEP", 16)
     device = kernel_device if impl == "triton" else "cpu"
     weight = torch.zeros(40, 4, device=device)
     weight[[7, 9, 20, 39]] = 1.0

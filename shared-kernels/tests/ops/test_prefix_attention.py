@@ -75,6 +75,11 @@ CASES = {
         "ancestors": [[], [(0, 12)], [(0, 12), (12, 4)], [(0, 12), (12, 3)], [(0, 7)],
                       [(0, 7), (20, 5)], [(0, 7), (20, 5)]],
     },
+    "ancestors longer than a block": {
+        "lengths": [90, 20, 28, 40, 3],
+        "prefix": 40,
+        "ancestors": [[], [(0, 70)], [(0, 33), (90, 7)], [(0, 64)], [(0, 65), (90, 0)]],
+    },
     "prefixes of different length": {"lengths": [3, 2, 4], "prefix": [5, 70, 33]},
     "many short rows": {"lengths": [1, 2] * 40, "prefix": 70},
     "no rows": {"lengths": []},
@@ -217,6 +222,18 @@ def test_tiles_never_mix_ranges():
     tables = layout.tables(torch.device("cpu"), 4, 32)
     assert tables.tiles[:, :2].tolist() == [[0, 4], [4, 8], [8, 10], [10, 14], [14, 15]]
     assert tables.lanes[:, 0].tolist() == [0] * 5 + [1] * 5 + [2] * 5
+
+
+def test_the_rest_of_an_ancestor_joins_own_keys_that_need_no_more_blocks_for_it():
+    """The 4 last keys of an ancestor of 20, before 8 own keys: in blocks of 16, not of 8."""
+    layout = PrefixLayout.build([20, 8, 8], ancestors=[[], [(0, 20)], [(0, 20)]])
+    small, large = (layout.tables(torch.device("cpu"), 64, block).blocks for block in (8, 16))
+    # the ancestor, the first row, and the others
+    assert small[:, 1].tolist() == [0, 8, 16, 0, 8, 16, 20, 28]
+    assert not small[:, 6].any()
+    assert large[:, 1].tolist() == [0, 0, 16, 20 - 4, 28 - 4]
+    assert large[:, 2].tolist() == [16, 16, 4, 12, 12]
+    assert large[:, 6:].tolist() == [[0, 0]] * 3 + [[4, 16]] * 2
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ class MemoryPlan:
         replicate: Copies of the prefix and the rows' own keys for all rows and layers.
         no_cache: Activations of all rows with their prefix.
         logits: Logits of all positions of all rows in the model's dtype, which the last three
-            ways compute in addition if nothing keeps them from it; 64 MB at most here.
+            ways compute in addition if nothing keeps them from it; 128 MB at most here.
     """
 
     weights: int

@@ -42,9 +42,8 @@ class Work:
         targets: int64 ``(R,)``, the target tokens of all rows, end to end.
         bounds: int64 ``(N + 1,)``, where the targets of each row begin.
         table: Embeddings ``(U, d)`` that stand for the tokens.
-        logprobs: float32 ``(R,)`` on the device; NaN until computed.
-        lse: float32 ``(R,)``, log-sum-exp of the logits that each target is chosen from.
-        greedy: bool ``(R,)``, whether a target is the likeliest token.
+        results: float32 ``(3, R)`` on the device, NaN until computed: log-probability, log-sum-exp
+            of the logits that the target is chosen from, and 1 if it is the likeliest token.
         computed: Tokens passed through the model, padding included.
         passes: Forward passes.
         advance: Told the number of rows that are done.
@@ -55,9 +54,7 @@ class Work:
     targets: np.ndarray
     bounds: np.ndarray
     table: Tensor | None
-    logprobs: Tensor
-    lse: Tensor
-    greedy: Tensor
+    results: Tensor
     computed: int = 0
     passes: int = 0
     advance: Callable[[int], object] | None = None
@@ -78,11 +75,8 @@ class Work:
         if targets is None:
             ends = [row[start:] for row, start in zip(rows, first.tolist(), strict=True)]
             targets = np.concatenate(ends) if ends else np.zeros(0, dtype=np.int64)
-        values = torch.full((2, int(bounds[-1])), float("nan"), device=device)
-        return cls(
-            rows, first, targets, bounds, table, values[0], values[1],
-            torch.zeros(len(targets), dtype=torch.bool, device=device),
-        )  # fmt: skip
+        results = torch.full((3, int(bounds[-1])), float("nan"), device=device)
+        return cls(rows, first, targets, bounds, table, results)
 
 
 class Passes:
@@ -292,16 +286,17 @@ class Passes:
         if wanted[0] < 0 and shared.last_hidden is not None:
             states.append(shared.last_hidden)
             wanted = wanted[1:]
+        # one copy to the device for all
+        parts = (wanted, rows.reshape(-1), work.targets[slots], slots)
+        moved = self.tensor(np.concatenate(parts)).split([len(part) for part in parts])
         if len(wanted):
-            states.append(hidden[self.tensor(wanted)])
+            states.append(hidden[moved[0]])
         head = self.head.module.weight.device
-        chosen = self.tensor(work.targets[slots]).to(head)
-        mapping = self.tensor(rows.reshape(-1)).to(head)
-        result = self.head.logprobs(torch.cat(states).to(head), chosen, mapping)
-        slot = self.tensor(slots)
-        work.logprobs[slot] = result.logprob.float().to(self.device)
-        work.lse[slot] = result.lse[mapping].float().to(self.device)
-        work.greedy[slot] = (result.argmax[mapping] == chosen).to(self.device)
+        mapping, chosen = moved[1].to(head), moved[2].to(head)
+        found = self.head.logprobs(torch.cat(states).to(head), chosen, mapping)
+        greedy = found.argmax[mapping] == chosen
+        results = torch.stack([found.logprob.float(), found.lse[mapping].float(), greedy.float()])
+        work.results[:, moved[3]] = results.to(self.device)
 
     # -- forward passes --------------------------------------------------------------------------
 
@@ -325,16 +320,16 @@ class Passes:
         width = max(map(len, rows))
         if not width:
             return torch.empty(0)
-        ids = np.zeros((len(rows), width), dtype=np.int64)
+        held = shared.length
+        ids = np.zeros((len(rows), held + width), dtype=np.int64)
         for line, row in zip(ids, rows, strict=True):
-            line[: len(row)] = row
-        held = shared.cache.get_seq_length()
-        tokens = self.tensor(ids)
+            line[held : held + len(row)] = row
         if backend == "none":
             assert shared.ids is not None
-            before = self.tensor(shared.ids.numpy()).expand(len(rows), -1)
-            whole = self.base(input_ids=torch.cat([before, tokens], 1), use_cache=False)
+            ids[:, :held] = shared.ids.numpy()
+            whole = self.base(input_ids=self.tensor(ids), use_cache=False)
             return whole.last_hidden_state[:, held:].flatten(0, 1)
+        tokens = self.tensor(ids[:, held:])
         cache: Any = shared.cache
         if backend == "replicate":
             cache = replicated(shared.cache, len(rows))

@@ -480,7 +480,8 @@ class PrefixScorer:
     def _output(
         self, shared: SharedPrefix, work: Work, backend: str, reduction: str, begin: float
     ) -> ScoreOutput:
-        values, lse, greedy = work.logprobs.cpu(), work.lse.cpu(), work.greedy.cpu()
+        values, lse, greedy = work.results.cpu()
+        greedy = greedy == 1
         bad = (values.isnan() | (values == float("inf"))).nonzero()
         if len(bad):
             row = int(np.searchsorted(work.bounds, int(bad[0]), side="right") - 1)

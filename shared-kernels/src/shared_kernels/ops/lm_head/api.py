@@ -47,8 +47,8 @@ def linear_logprob(
     """Compute log-probabilities under ``softmax(z)``, ``z = s (h W^T + b)``, soft-capped if asked.
 
     Logits and sums are float32 (float64 for float64), also for 16-bit inputs, and only a block of
-    logits exists at a time: 2048 rows by 16384 tokens, or 64 MB by the reference. Several targets
-    may share a row, whose logits are then computed once. ``2 U V d`` FLOPs.
+    logits exists at a time: 128 MB, or 64 MB by the reference. Several targets may share a row,
+    whose logits are then computed once. ``2 U V d`` FLOPs.
 
     Args:
         hidden: float ``(U, d)``, final hidden states.

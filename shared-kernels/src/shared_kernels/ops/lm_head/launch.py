@@ -9,9 +9,12 @@ from shared_kernels._library import interpreting
 from shared_kernels.errors import KernelUnavailableError
 from shared_kernels.ops.lm_head.reference import empty_results, finish
 
-#: Rows and columns of a block of logits: large enough for the matrix library, small beside a model.
+#: Rows and elements of a block of logits: large enough for the matrix library, 128 MB in float32.
 ROWS: Final = 2048
-COLUMNS: Final = 16384
+ELEMENTS: Final = 1 << 25
+#: A block has a multiple of this many columns, as the kernel takes them, so that sums have one
+#: order whatever the number of rows.
+STEP: Final = 4096
 
 
 def unsupported(hidden: Tensor, *args: Any) -> str | None:
@@ -58,14 +61,16 @@ def linear_logprob(
     order = torch.argsort(rows, stable=True)
     starts = torch.zeros(count + 1, dtype=torch.int64, device=rows.device)
     starts[1:] = torch.bincount(rows, minlength=count).cumsum(0)
-    block = hidden.new_empty(min(ROWS, count) * min(COLUMNS, vocabulary), dtype=torch.float32)
+    # few rows take few launches
+    columns = max(STEP, ELEMENTS // max(1, min(ROWS, count)) // STEP * STEP)
+    block = hidden.new_empty(min(ROWS, count) * min(columns, vocabulary), dtype=torch.float32)
     # launch options are not part of the function's signature
     kernel: Any = kernels.logits_kernel
     with torch.cuda.device_of(hidden):
         for low in range(0, count, ROWS):
             part = slice(low, min(count, low + ROWS))
-            for first in range(0, vocabulary, COLUMNS):
-                width = min(COLUMNS, vocabulary - first)
+            for first in range(0, vocabulary, columns):
+                width = min(columns, vocabulary - first)
                 logits = block[: (part.stop - low) * width].view(-1, width)
                 seen = slice(first, first + width)
                 _product(hidden[part], weight[seen], logits)

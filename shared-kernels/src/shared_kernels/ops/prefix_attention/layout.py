@@ -33,9 +33,9 @@ class Tables(NamedTuple):
         tiles: ``(n, 7)``: first query and end of a tile, start of the shared range, how many
             whole blocks' keys of it all queries see, how far the one furthest back stands in
             front of its first key, and first and end of the blocks that follow.
-        blocks: ``(m, 6)``: further blocks of keys: whether they are shared, first key, number of
-            keys, column of the lanes, place of the first key in its range, and the row they
-            belong to, or -1.
+        blocks: ``(m, 8)``: further blocks of keys: whether they are shared, first key, number of
+            keys, column of the lanes, place of the first key in its range, the row they belong
+            to, or -1, how many of its first keys are an ancestor's, and where these begin.
     """
 
     lanes: Tensor
@@ -151,10 +151,12 @@ def _tables(table: np.ndarray, width: int, block: int) -> tuple[np.ndarray, ...]
     table = table[table[:, QUERIES] > 0]
     columns = (SHARED, *range(ANCESTORS, table.shape[1], 2))
     if not len(table):
-        shapes = ((0, 3 + 2 * len(columns)), (0, 7), (0, 6))
+        shapes = ((0, 3 + 2 * len(columns)), (0, 7), (0, 8))
         return tuple(np.zeros(shape, dtype=np.int64) for shape in shapes)
     token_rows = np.repeat(np.arange(len(table)), table[:, QUERIES])
-    lanes = _lanes(table, columns, token_rows)
+    whole, (table, taken, origin) = table, _join(table, block)
+    lanes = _lanes(whole, columns, token_rows)
+    lanes[:, 1:-2:2] = table[token_rows][:, [column + 1 for column in columns]]
     first, end = _tiles(table, columns, width)
     row0, row1 = token_rows[first], token_rows[end - 1]
     tiles = np.zeros((len(first), 7), dtype=np.int64)
@@ -172,21 +174,42 @@ def _tables(table: np.ndarray, width: int, block: int) -> tuple[np.ndarray, ...]
         parts.append(
             _blocks(
                 tile, column == SHARED, table[row0[tile], column], offset, seen[tile], block,
-                1 + 2 * place, -1,
+                1 + 2 * place,
             )
         )  # fmt: skip
     tile = np.repeat(np.arange(len(first)), row1 - row0 + 1)
     row = row0[tile] + _counting(row1 - row0 + 1)
     queries = table[row, QUERIES]
     seen = table[row, KEYS] - queries + np.minimum(end[tile] - table[row, QUERY], queries)
-    pair, offset = _expand(seen, block)
+    pair, offset = _expand(seen + taken[row], block)
     own, last = row[pair], 1 + 2 * len(columns)
+    offset -= taken[own]
     parts.append(_blocks(tile[pair], False, table[own, OWN], offset, seen[pair], block, last, own))
+    parts[-1][:, 7], parts[-1][:, 8] = np.maximum(-offset, 0), origin[own]
     blocks = np.concatenate(parts)
     blocks = blocks[np.argsort(blocks[:, 0], kind="stable")]
     tiles[:, 5] = np.searchsorted(blocks[:, 0], np.arange(len(first)))
     tiles[:, 6] = np.searchsorted(blocks[:, 0], np.arange(len(first)), side="right")
     return lanes, tiles, blocks[:, 1:]
+
+
+def _join(table: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Let the rest of a row's last ancestor share a block with the row's own keys.
+
+    What goes beyond an ancestor's whole blocks joins if the own keys need no more blocks for it.
+
+    Returns:
+        The table without what has joined; how many keys have, for each row; where they begin.
+    """
+    starts, lengths = table[:, ANCESTORS::2], table[:, ANCESTORS + 1 :: 2]
+    if not lengths.shape[1]:
+        return table, *np.zeros((2, len(table)), dtype=np.int64)
+    row, last = np.arange(len(table)), lengths.shape[1] - 1 - (lengths[:, ::-1] > 0).argmax(1)
+    own, rest = table[:, KEYS], lengths[row, last] % block
+    taken = np.where(-(-(own + rest) // block) == -(-own // block), rest, 0)
+    table = table.copy()
+    table[row, ANCESTORS + 1 + 2 * last] -= taken
+    return table, taken, starts[row, last] + table[row, ANCESTORS + 1 + 2 * last]
 
 
 def _lanes(table: np.ndarray, columns: Sequence[int], token_rows: np.ndarray) -> np.ndarray:
@@ -238,9 +261,9 @@ def _blocks(
     seen: np.ndarray,
     block: int,
     column: int,
-    row: np.ndarray | int,
+    row: np.ndarray | int = -1,
 ) -> np.ndarray:
-    made = np.zeros((len(tile), 7), dtype=np.int64)
+    made = np.zeros((len(tile), 9), dtype=np.int64)
     made[:, 0], made[:, 1] = tile, shared
     made[:, 2], made[:, 3] = start + offset, np.minimum(seen - offset, block)
     made[:, 4], made[:, 5], made[:, 6] = column, offset, row

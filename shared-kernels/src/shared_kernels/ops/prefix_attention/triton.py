@@ -2,8 +2,9 @@
 
 A tile holds the queries of up to 128 (token, head of the group) pairs of consecutive rows that see
 the same ranges. It walks the shared keys that all of them see, and then the blocks that its table
-lists: what remains of the ranges, and the own keys row by row. Blocks have one size and begin where
-a range begins, so what a row computes does not depend on the rows beside it. ``WIDEN`` turns 16-bit
+lists: what remains of the ranges, and the own keys row by row, with the last keys of an ancestor in
+front where they fit into the row's blocks. Blocks have one size, and where they begin is up to the
+row alone, so what a row computes does not depend on the rows beside it. ``WIDEN`` turns 16-bit
 operands into float32 before a dot, which the interpreter needs.
 """
 
@@ -169,9 +170,10 @@ def prefix_attention_kernel(
         )  # fmt: skip
 
     for n in range(block0, block1):
-        block = blocks_ptr + tl.cast(n, tl.int64) * 6
+        block = blocks_ptr + tl.cast(n, tl.int64) * 8
         shared = tl.load(block) != 0
-        place = tl.load(block + 1).to(tl.int64) + keys
+        place = tl.where(keys < tl.load(block + 6), tl.load(block + 7), tl.load(block + 1))
+        place = place.to(tl.int64) + keys
         bound = tl.load(block + 2)
         column = tl.load(block + 3)
         offset = tl.load(block + 4)
