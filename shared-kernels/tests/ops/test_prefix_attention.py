@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from shared_kernels.ops.prefix_attention import (
+    FixedLayout,
     PrefixLayout,
     dense,
     launch,
@@ -234,6 +235,27 @@ def test_the_rest_of_an_ancestor_joins_own_keys_that_need_no_more_blocks_for_it(
     assert large[:, 1].tolist() == [0, 0, 16, 20 - 4, 28 - 4]
     assert large[:, 2].tolist() == [16, 16, 4, 12, 12]
     assert large[:, 6:].tolist() == [[0, 0]] * 3 + [[4, 16]] * 2
+
+
+def test_a_fixed_layout_takes_the_place_of_others(kernel_device):
+    chain = [[], [(0, 40)], [(0, 7)]]
+    first = make_problem([60, 30, 9], prefix=70, ancestors=chain, group=3).to(kernel_device)
+    chain = [[], [(0, 3)], [(0, 50)], [(0, 9)]]
+    second = make_problem([60, 20, 18, 1], prefix=70, ancestors=chain, group=3).to(kernel_device)
+    fixed = FixedLayout(first.layout.rows)
+    expected = [p.run(shared_prefix_attention, impl="triton") for p in (first, second)]
+    for _ in range(2):
+        for problem, (out, lse) in zip((first, second), expected, strict=True):
+            # the first time there is nothing to fill: the tables are made at the first launch
+            assert fixed.take(problem.layout)
+            found = shared_prefix_attention(*problem.tensors, fixed, impl="triton")
+            assert_same_bits(found[0], out)
+            assert_same_bits(found[1], lse)
+    deeper = make_problem([60, 30, 9], ancestors=[[], [(0, 9)], [(0, 9), (60, 4)]])
+    longer = make_problem([60, 30, 10], prefix=70, ancestors=chain[:3])
+    many = make_problem([1] * 99, prefix=70, ancestors=[[(0, 1)]] * 99)
+    for other in (deeper, longer, many):
+        assert not fixed.take(other.layout)
 
 
 @pytest.mark.parametrize(

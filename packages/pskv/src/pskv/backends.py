@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 #: Prefixes of up to so many times the rows' length may be quicker to pass again.
 _SHORT = 2
-#: Calls that each backend is given before one is chosen.
-_TRIALS = 4
+#: Calls that each backend is given before one is chosen: enough for a pass to be recorded and run.
+_TRIALS = 5
 BACKENDS = ("auto", "fused", "split", "layerwise", "replicate", "none")
 
 

@@ -17,11 +17,14 @@ from pskv import support
 from pskv.attention import NAME, PackedCall, attention_of, configs_of
 from pskv.backends import AutoBackend, check_backend
 from pskv.batching import MicroBatch, attempt
+from pskv.graphs import Graphs, rounded
 from pskv.head import Head
 from pskv.planner import PackedLayout, pack, sort_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Hashable
+
+    from shared_kernels.ops.prefix_attention import PrefixLayout
 
     from pskv.prefix import PrefixCache, SharedPrefix
 
@@ -88,11 +91,13 @@ class Passes:
         micro_batch: Tokens of a pass, or "auto".
         depth: Of how many packed rows one row may consist.
         deterministic: Never choose by time.
+        cuda_graphs: Record passes that wait for the host.
     """
 
     def __init__(
-        self, model: Any, *, backend: str, micro_batch: int | str, depth: int, deterministic: bool
-    ) -> None:
+        self, model: Any, *, backend: str, micro_batch: int | str, depth: int,
+        deterministic: bool, cuda_graphs: bool,
+    ) -> None:  # fmt: skip
         self.model = model
         self.inner = support.inner_model(model)
         self.base = self.inner.base_model
@@ -103,6 +108,8 @@ class Passes:
         self.backend = check_backend(backend, self.device)
         self.auto = AutoBackend(self.device, deterministic=deterministic)
         self.micro = MicroBatch.make(micro_batch, self.device)
+        records = cuda_graphs and not deterministic and self.device.type == "cuda"
+        self.graphs = Graphs(model, enabled=records)
 
     def tensor(self, array: np.ndarray) -> Tensor:
         """Copy an array to the device without waiting for it."""
@@ -132,15 +139,15 @@ class Passes:
         for low in range(0, len(ids), step):
             part = self.tensor(ids[low : low + step])[None]
             place = torch.arange(start + low, start + low + part.shape[1], device=self.device)
-            hidden = self._forward(part, table, place[None], prefix.cache)
+            tokens = part if table is None else table[part]
+            hidden = self._forward(tokens, place[None], prefix.cache)
             prefix.last_hidden = hidden[0, -1:].clone()
 
-    def _forward(
-        self, ids: Tensor, table: Tensor | None, places: Tensor, cache: Any, **options: Any
-    ) -> Tensor:
-        tokens = {"input_ids": ids} if table is None else {"inputs_embeds": table[ids]}
+    def _forward(self, tokens: Tensor, places: Tensor, cache: Any, **options: Any) -> Tensor:
+        """Pass token ids, or embeddings, of rows at some places."""
+        name = "inputs_embeds" if tokens.is_floating_point() else "input_ids"
         return self.base(
-            **tokens, position_ids=places, past_key_values=cache, use_cache=True, **options
+            **{name: tokens}, position_ids=places, past_key_values=cache, use_cache=True, **options
         ).last_hidden_state
 
     # -- scores ----------------------------------------------------------------------------------
@@ -216,6 +223,7 @@ class Passes:
                     f"{shared.cache.get_seq_length()} does not fit: shorten it, or free memory"
                 )
             else:
+                self.graphs.clear()
                 self.micro.failed(tokens)
 
     def _cut(self, backend: str, lengths: np.ndarray, common: np.ndarray, low: int) -> int:
@@ -304,14 +312,33 @@ class Passes:
         self, shared: SharedPrefix, packed: PackedLayout, impl: str, table: Tensor | None = None,
         call: PackedCall | None = None,
     ) -> Tensor:  # fmt: skip
-        """Return final hidden states ``(T, d)`` of packed rows."""
-        if not len(packed.tokens):
+        """Return final hidden states ``(T, d)`` of packed rows, valid until the next pass."""
+        count, held = len(packed.tokens), shared.cache.get_seq_length()
+        if not count:
             return torch.empty(0)
-        held = shared.cache.get_seq_length()
-        call = call or PackedCall(packed.layout(held), shared.cache, impl)
-        ids, places = self.tensor(packed.tokens)[None], self.tensor(packed.positions + held)[None]
-        with attention_of(self.configs, NAME), shared.cache.mode("read"):
-            return self._forward(ids, table, places, shared.cache, pskv=call)[0]
+
+        def forward(inputs: list[Tensor], layout: PrefixLayout | None) -> Tensor:
+            assert layout is not None
+            own = call or PackedCall(layout, shared.cache, impl)
+            with attention_of(self.configs, NAME), shared.cache.mode("read"):
+                return self._forward(*inputs, shared.cache, pskv=own)[0]
+
+        def inputs(size: int) -> list[Tensor]:
+            both = np.zeros((2, size), dtype=np.int64)
+            both[0, :count] = packed.tokens
+            both[1] = held
+            both[1, :count] += packed.positions
+            ids, places = self.tensor(both)[:, None]
+            return [ids if table is None else table[ids], places]
+
+        size, deep = rounded(count), max(map(len, packed.segments))
+        key = ("packed", impl, size, deep, table is None, shared.fingerprint, *shared.addresses())
+        # the probe's own call is to be seen to run, and split has shapes of its own every time
+        if call is None and impl == "triton" and self.graphs.wants(key):
+            hidden = self.graphs.run(key, inputs(size), packed.layout(held, size), forward)
+            if hidden is not None:
+                return hidden[:count]
+        return self.graphs.timed(key, lambda: forward(inputs(count), packed.layout(held)))
 
     def _padded(
         self, shared: SharedPrefix, rows: list[np.ndarray], backend: str, table: Tensor | None
@@ -327,15 +354,29 @@ class Passes:
         if backend == "none":
             assert shared.ids is not None
             ids[:, :held] = shared.ids.numpy()
-            whole = self.base(input_ids=self.tensor(ids), use_cache=False)
-            return whole.last_hidden_state[:, held:].flatten(0, 1)
+            return self._whole(self.tensor(ids), shared.fingerprint)[:, held:].flatten(0, 1)
         tokens = self.tensor(ids[:, held:])
         cache: Any = shared.cache
         if backend == "replicate":
             cache = replicated(shared.cache, len(rows))
         places = torch.arange(held, held + width, device=self.device).expand(len(rows), -1)
         with shared.cache.mode("expand"):
-            return self._forward(tokens, table, places, cache).flatten(0, 1)
+            return self._forward(tokens if table is None else table[tokens], places, cache).flatten(
+                0, 1
+            )
+
+    def _whole(self, ids: Tensor, fingerprint: Hashable) -> Tensor:
+        """Return final hidden states of whole rows, valid until the next pass."""
+
+        def forward(inputs: list[Tensor], layout: PrefixLayout | None) -> Tensor:
+            return self.base(input_ids=inputs[0], use_cache=False).last_hidden_state
+
+        key = ("whole", *ids.shape, fingerprint)
+        if self.graphs.wants(key):
+            hidden = self.graphs.run(key, [ids], None, forward)
+            if hidden is not None:
+                return hidden
+        return self.graphs.timed(key, lambda: forward([ids], None))
 
     def states(
         self, shared: SharedPrefix, row: np.ndarray, table: Tensor | None

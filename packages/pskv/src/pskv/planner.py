@@ -61,11 +61,18 @@ class PackedLayout:
         """Return the input rows, read off the packed tokens."""
         return np.split(self.tokens[self.index], self.bounds[1:])[:-1]
 
-    def layout(self, prefix: int, start: int = 0) -> PrefixLayout:
-        """Return what each packed row sees, after ``prefix`` shared keys from ``start`` on."""
-        return PrefixLayout.build(
-            np.diff(self.cu_seqlens).tolist(), shared=(start, prefix), ancestors=self.segments
-        )
+    def layout(self, prefix: int, size: int | None = None) -> PrefixLayout:
+        """Return what each packed row sees after ``prefix`` shared keys.
+
+        With a size, a row that sees only itself makes up for so many tokens in all.
+        """
+        lengths, segments = np.diff(self.cu_seqlens).tolist(), self.segments
+        shared = [(0, prefix)] * len(lengths)
+        if size is not None:
+            # of a range of its own, so that it shares no tile with the others
+            lengths, shared = [*lengths, size - len(self.tokens)], [*shared, (1, 0)]
+            segments = [*segments, []]
+        return PrefixLayout.build(lengths, shared=shared, ancestors=segments)
 
 
 def plan(

@@ -153,6 +153,11 @@ class SharedPrefix:
         slabs = [x for layer in self.cache.held for x in (layer.keys, layer.values)]
         return sum(x.nbytes for x in slabs if x is not None)
 
+    def addresses(self) -> tuple[int, ...]:
+        """Return where keys and values lie, and how many there are."""
+        slabs = [x for layer in self.cache.held for x in (layer.keys, layer.values)]
+        return self.length, *(0 if x is None else x.data_ptr() for x in slabs)
+
     def checksums(self) -> list[Tensor]:
         """Return the sum of the bits of each layer's keys and values, to see that none changed."""
         sums = []

@@ -79,6 +79,9 @@ class PrefixScorer:
         micro_batch: Most tokens of a forward pass, or ``auto``: what fits into memory.
         share_parent: Compute tokens that rows have in common once.
         deterministic: Never choose by time.
+        cuda_graphs: Record passes that keep coming as CUDA graphs where the GPU waits for the host,
+            as it does with small models and few rows. Not with ``deterministic``, nor while a
+            module has hooks.
 
     Raises:
         UnsupportedModelError: The model has a part that cannot share a prefix.
@@ -94,12 +97,13 @@ class PrefixScorer:
         micro_batch: int | str = "auto",
         share_parent: bool = True,
         deterministic: bool = False,
+        cuda_graphs: bool = True,
     ) -> None:
         support.check_model(model)
         self.model, self.tokenizer = model, tokenizer
         self._passes = Passes(
             model, backend=backend, micro_batch=micro_batch, depth=3 if share_parent else 1,
-            deterministic=deterministic,
+            deterministic=deterministic, cuda_graphs=cuda_graphs,
         )  # fmt: skip
         self._encoder = Encoder(tokenizer, self._passes.head.module.weight.shape[0])
         self._lock = threading.RLock()

@@ -4,6 +4,6 @@ from shared_kernels.ops.prefix_attention.api import (
     merge_attention_states,
     shared_prefix_attention,
 )
-from shared_kernels.ops.prefix_attention.layout import PrefixLayout
+from shared_kernels.ops.prefix_attention.layout import FixedLayout, PrefixLayout
 
-__all__ = ["PrefixLayout", "merge_attention_states", "shared_prefix_attention"]
+__all__ = ["FixedLayout", "PrefixLayout", "merge_attention_states", "shared_prefix_attention"]

@@ -132,6 +132,37 @@ class PrefixLayout:
         return found
 
 
+class FixedLayout(PrefixLayout):
+    """A layout whose tables stay where they are on a device while others take its place.
+
+    For CUDA graphs, which read from the same addresses at every replay. There is room for twice
+    the tiles and blocks that it is made with.
+    """
+
+    def tables(self, device: torch.device, width: int, block: int) -> Tables:
+        """Return the tables, with empty tiles at the end."""
+        if (device, width, block) not in self._tables:
+            lanes, tiles, blocks = super().tables(device, width, block)
+            twice = (torch.cat([x, torch.zeros_like(x)]) for x in (tiles, blocks))
+            self._tables[device, width, block] = Tables(lanes, *twice)
+        return self._tables[device, width, block]
+
+    def take(self, other: PrefixLayout) -> bool:
+        """Become like ``other`` to the kernels, if its tables fit; return whether they do."""
+        pairs = [
+            (place, value)
+            for key, held in self._tables.items()
+            for place, value in zip(held, other.tables(*key), strict=True)
+        ]
+        for place, value in pairs:
+            if place.shape[1] != value.shape[1] or place.shape[0] < value.shape[0]:
+                return False
+        for place, value in pairs:
+            place[: value.shape[0]].copy_(value)
+            place[value.shape[0] :].zero_()
+        return True
+
+
 def totals(table: np.ndarray) -> np.ndarray:
     """Return how many keys each row has."""
     return table[:, PREFIX] + table[:, KEYS] + table[:, ANCESTORS + 1 :: 2].sum(1)
@@ -203,7 +234,8 @@ def _join(table: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray, np.nda
     """
     starts, lengths = table[:, ANCESTORS::2], table[:, ANCESTORS + 1 :: 2]
     if not lengths.shape[1]:
-        return table, *np.zeros((2, len(table)), dtype=np.int64)
+        none = np.zeros(len(table), dtype=np.int64)
+        return table, none, none
     row, last = np.arange(len(table)), lengths.shape[1] - 1 - (lengths[:, ::-1] > 0).argmax(1)
     own, rest = table[:, KEYS], lengths[row, last] % block
     taken = np.where(-(-(own + rest) // block) == -(-own // block), rest, 0)
