@@ -16,13 +16,17 @@ LAYERS = 32
 
 def llama(device, layers=LAYERS):
     """Make Llama-3-8B's shape with random weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336,
+    return _random(
+        device, vocab_size=128256, hidden_size=4096, intermediate_size=14336,
         num_hidden_layers=layers, num_attention_heads=32, num_key_value_heads=8,
         max_position_embeddings=131072, rope_theta=500000.0, tie_word_embeddings=False,
     )  # fmt: skip
+
+
+def _random(device, **shape):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**shape)
     torch.manual_seed(0)
     default = torch.get_default_dtype()
     with torch.device(device):
@@ -142,6 +146,39 @@ def small(device):
         problem.propose()
         problem.ours()
     yield step_workload(problem, name="small/16 tokens, 8 rows")
+
+
+@benchmark
+def small_model(device):
+    """SmolLM2-135M's shape, for which launching kernels takes longer than they run."""
+    if device == "cpu":
+        return
+    from pskv import PrefixScorer
+    from pskv.bench import StepProblem, step_workload
+    from shared_kernels.bench import Arm
+
+    model = _random(
+        device, vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+        num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    sizes = {"suffix": SUFFIX, "tail": TAIL, "target": TARGET}
+    for prefix, rows in ((256, 64), (256, ROWS), (1024, 64)):
+        problem, plain = (
+            StepProblem(
+                PrefixScorer(model, backend="fused", cuda_graphs=graphs), prefix=prefix, rows=rows,
+                **sizes,
+            )
+            for graphs in (True, False)
+        )  # fmt: skip
+        for _ in range(20):
+            problem.propose()
+            problem.ours()
+        workload = step_workload(
+            problem, ("replicate", "layerwise"), name=f"step/135M, {prefix} tokens, {rows} rows"
+        )
+        workload.arms.append(Arm(name="pskv, no graphs", fn=plain.ours, setup=plain.propose))
+        yield workload
 
 
 @benchmark

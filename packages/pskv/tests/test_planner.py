@@ -1,11 +1,14 @@
 """Packing rows as a tree: nothing is lost, nothing shared is computed twice."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pskv import plan
+from pskv.planner import sort_rows
 
 
 def visible(layout, row):
@@ -125,3 +128,14 @@ def test_bad_input():
         plan([[1], [0.5]])
     with pytest.raises(ValueError, match="max_depth"):
         plan([[1]], max_depth=0)
+
+
+@settings(deadline=None, max_examples=80, derandomize=True, database=None)
+@given(rows=st.lists(st.lists(st.integers(0, 2), max_size=5), max_size=9))
+def test_rows_are_sorted_as_lists_are(rows):
+    order, common = sort_rows([np.array(row, dtype=np.int64) for row in rows])
+    found = [rows[place] for place in order]
+    assert found == sorted(rows)
+    for place in range(1, len(found)):
+        pairs = zip(found[place - 1], found[place], strict=False)
+        assert common[place] == sum(1 for _ in itertools.takewhile(lambda p: p[0] == p[1], pairs))

@@ -89,6 +89,8 @@ class Encoder:
         """
         if isinstance(items, str):
             raise TypeError(message(name, "a sequence of texts", items, "put it into a list"))
+        if isinstance(items, np.ndarray | Tensor) and items.ndim == 2:
+            return list(as_row(items.reshape(-1), name).reshape(items.shape))
         if not any(isinstance(item, str) for item in items):
             return [as_row(item, f"{name}[{number}]") for number, item in enumerate(items)]
         encoded = self.tokenizer(list(items), add_special_tokens=False)["input_ids"]
@@ -123,14 +125,23 @@ class Encoder:
         Raises:
             ValueError: Naming the row.
         """
-        for number, (row, start) in enumerate(zip(rows, first.tolist(), strict=True)):
-            name = f"continuations[{number}]"
-            if len(row) <= start:
-                remedy = "leave it out, or pass targets"
-                raise ValueError(message(name, "at least one token to score", row, remedy))
-            if not start and not prefix:
-                remedy = "begin with a token such as BOS, or pass targets"
-                raise ValueError(
-                    message(name, "a token before the first to score", row.tolist()[:8], remedy)
+        counts = np.array([len(row) for row in rows], dtype=np.int64)
+        for number in np.flatnonzero(counts <= first)[:1].tolist():
+            remedy = "leave it out, or pass targets"
+            raise ValueError(
+                message(
+                    f"continuations[{number}]", "at least one token to score", rows[number], remedy
                 )
-            self.check(name, row)
+            )
+        for number in np.flatnonzero(first == 0)[: 0 if prefix else 1].tolist():
+            raise ValueError(
+                message(
+                    f"continuations[{number}]", "a token before the first to score",
+                    rows[number].tolist()[:8], "begin with a token such as BOS, or pass targets",
+                )
+            )  # fmt: skip
+        flat = np.concatenate([*rows, np.zeros(0, dtype=np.int64)])
+        outside = np.flatnonzero((flat < 0) | (flat >= self.vocabulary))
+        if len(outside):
+            number = int(np.searchsorted(np.cumsum(counts), outside[0], side="right"))
+            self.check(f"continuations[{number}]", rows[number])

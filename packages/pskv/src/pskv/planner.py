@@ -109,14 +109,26 @@ def sort_rows(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         int64 ``(N,)``: their order, and how many tokens each sorted row has in common with the one
         before it (0 for the first).
     """
-    keys = [row.astype(">i8").tobytes() for row in rows]
+    flat = np.concatenate([*rows, np.zeros(0, dtype=np.int64)])
+    lengths = np.array([len(row) for row in rows], dtype=np.int64)
+    ends = np.cumsum(lengths)
+    # bytes of big-endian integers sort as the integers do
+    text, bounds = flat.astype(">i8").tobytes(), (8 * ends).tolist()
+    keys = [text[low:high] for low, high in zip([0, *bounds], bounds, strict=False)]
     order = np.array(sorted(range(len(rows)), key=keys.__getitem__), dtype=np.int64)
     common = np.zeros(len(rows), dtype=np.int64)
-    for place in range(1, len(order)):
-        a, b = rows[order[place - 1]], rows[order[place]]
-        n = min(len(a), len(b))
-        differ = np.flatnonzero(a[:n] != b[:n])
-        common[place] = differ[0] if len(differ) else n
+    if len(rows) > 1:
+        starts, lengths = (ends - lengths)[order], lengths[order]
+        # the tokens that each row and the one before it may share, and one place that ends them
+        shared = np.minimum(lengths[1:], lengths[:-1])
+        bounds = np.cumsum(shared + 1)
+        first = bounds - shared - 1
+        within = np.arange(bounds[-1]) - np.repeat(first, shared + 1)
+        pairs = (np.repeat(x, shared + 1) + within for x in (starts[1:], starts[:-1]))
+        one, other = (np.append(flat, 0)[place] for place in pairs)
+        stop = (one != other) | (within == np.repeat(shared, shared + 1))
+        places = np.flatnonzero(stop)
+        common[1:] = within[places[np.searchsorted(places, first)]]
     return order, common
 
 
@@ -134,8 +146,10 @@ class _Node:
 
     def order_children(self) -> None:
         """Put the branch that most rows take first."""
-        self.weight = len(self.users) + sum(child.weight for child in self.children)
-        self.children.sort(key=lambda child: -child.weight)
+        self.weight = len(self.users)
+        if self.children:
+            self.weight += sum(child.weight for child in self.children)
+            self.children.sort(key=lambda child: -child.weight)
 
 
 class _Path:
