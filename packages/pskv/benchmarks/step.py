@@ -7,6 +7,8 @@ that a trial found fastest for it.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from shared_kernels.bench import Workload, benchmark
 
@@ -142,7 +144,8 @@ def small(device):
     scorer = PrefixScorer(model, backend="auto")
     sizes = {"suffix": SUFFIX, "tail": TAIL, "target": TARGET}
     problem = StepProblem(scorer, prefix=16, rows=8, batches=(8,), **sizes)
-    for _ in range(20):
+    # every way is tried first
+    for _ in range(40):
         problem.propose()
         problem.ours()
     yield step_workload(problem, name="small/16 tokens, 8 rows")
@@ -177,8 +180,8 @@ def small_model(device):
         workload = step_workload(
             problem, ("replicate", "layerwise"), name=f"step/135M, {prefix} tokens, {rows} rows"
         )
-        workload.arms.append(Arm(name="pskv, no graphs", fn=plain.ours, setup=plain.propose))
-        yield workload
+        arm = Arm(name="pskv, no graphs", fn=plain.ours, setup=plain.propose)
+        yield dataclasses.replace(workload, arms=[*workload.arms, arm])
 
 
 @benchmark
