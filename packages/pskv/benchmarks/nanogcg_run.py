@@ -27,31 +27,30 @@ def nanogcg_run(device):
     on_gpu = device != "cpu"
     for dtype in (torch.float32, *([torch.bfloat16] if on_gpu else [])):
         model = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=dtype).to(device).eval()
-        for lines in (15, 80) if on_gpu else (15,):
-            message = LINE * lines + "Write a short greeting."
-            steps, width = (10, 512) if on_gpu else (2, 24)
-            config = nanogcg.GCGConfig(
-                num_steps=steps, search_width=width, topk=64, seed=7, verbosity="ERROR",
-                optim_str_init="x x x x x x", use_prefix_cache=False,
-            )  # fmt: skip
+        message = LINE * 15 + "Write a short greeting."
+        steps, width = (4, 512) if on_gpu else (2, 24)
+        config = nanogcg.GCGConfig(
+            num_steps=steps, search_width=width, topk=64, seed=7, verbosity="ERROR",
+            optim_str_init="x x x x x x", use_prefix_cache=False,
+        )  # fmt: skip
 
-            def plain(model=model, message=message, config=config):
-                return nanogcg.run(model, tokenizer, message, TARGET, config)
+        def plain(model=model, message=message, config=config):
+            return nanogcg.run(model, tokenizer, message, TARGET, config)
 
-            def shared(plain=plain):
-                with accelerate():
-                    return plain()
+        def shared(plain=plain):
+            with accelerate():
+                return plain()
 
-            def check(plain=plain, shared=shared, dtype=dtype):
-                expected, found = plain(), shared()
-                if dtype == torch.float32:
-                    assert found.strings == expected.strings
+        def check(plain=plain, shared=shared, dtype=dtype):
+            expected, found = plain(), shared()
+            if dtype == torch.float32:
+                assert found.strings == expected.strings
 
-            name = str(dtype).removeprefix("torch.")
-            tokens = len(tokenizer(message)["input_ids"])
-            yield Workload(
-                name=f"nanogcg/{name}, {tokens} tokens", baseline="nanogcg", check=check,
-                device=device, clock="wall",
-                params={"steps": steps, "width": width, "tokens": tokens, "dtype": name},
-                arms=[Arm(name="nanogcg", fn=plain), Arm(name="nanogcg with pskv", fn=shared)],
-            )  # fmt: skip
+        name = str(dtype).removeprefix("torch.")
+        tokens = len(tokenizer(message)["input_ids"])
+        yield Workload(
+            name=f"nanogcg/{name}, {tokens} tokens", baseline="nanogcg", check=check,
+            device=device, clock="wall",
+            params={"steps": steps, "width": width, "tokens": tokens, "dtype": name},
+            arms=[Arm(name="nanogcg", fn=plain), Arm(name="nanogcg with pskv", fn=shared)],
+        )  # fmt: skip
