@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from pskv import PrefixScorer
-from pskv.scorer import ScoreOutput
+from pskv.output import ScoreOutput
 from pskv.search import CoordinateSearch, GradientSampler, SearchConfig
 from shared_kernels.bench import describe_run
 from shared_kernels.files import write_text

@@ -23,10 +23,10 @@ def settle(auto, costs, calls, **options):
 def test_the_fastest_goes_on_after_a_few_calls_of_each():
     auto = AutoBackend(torch.device("cpu"), deterministic=False)
     chosen = settle(auto, COSTS, 30, plain=True)
-    assert set(chosen[:16]) == set(COSTS)
-    assert set(chosen[16:]) == {"none"}
+    assert set(chosen[:20]) == set(COSTS)
+    assert set(chosen[20:]) == {"none"}
     # rows that are not token ids cannot be passed again
-    assert set(settle(auto, COSTS, 30, plain=False)[12:]) == {"replicate"}
+    assert set(settle(auto, COSTS, 30, plain=False)[15:]) == {"replicate"}
 
 
 def test_what_may_not_be_tried():
@@ -41,11 +41,11 @@ def test_all_that_are_tried_agree():
     scorer = PrefixScorer(tiny_model("llama"), backend="auto")
     rows = np.random.default_rng(0).integers(3, 90, (6, 12))
     with scorer.prefill([5, 6, 7, 8]) as prefix:
-        outputs = [scorer.score(prefix, rows) for _ in range(20)]
+        outputs = [scorer.score(prefix, rows) for _ in range(24)]
     assert {output.stats["backend"] for output in outputs} == set(COSTS)
     for output in outputs:
         torch.testing.assert_close(output.logprobs, outputs[0].logprobs, rtol=0, atol=1e-4)
-    assert len({output.stats["backend"] for output in outputs[16:]}) == 1
+    assert len({output.stats["backend"] for output in outputs[20:]}) == 1
 
 
 def test_embeddings_are_not_passed_again():

@@ -83,12 +83,12 @@ def test_processors_see_the_prefix():
 
 
 def test_sampling_repeats_when_memory_runs_out(monkeypatch):
-    from pskv import scorer as module
+    from pskv import generation as module
 
     model = tiny_model("llama")
     scorer = PrefixScorer(model, backend="split")
     options = {"max_new_tokens": 5, "do_sample": True, "pad_token_id": 0, "eos_token_id": None}
-    right, sizes = module.generate, []
+    right, sizes = module._batch, []
 
     def small(passes, shared, rows, *rest):
         sizes.append(len(rows))
@@ -97,11 +97,11 @@ def test_sampling_repeats_when_memory_runs_out(monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return right(passes, shared, rows, *rest)
 
-    monkeypatch.setattr(module, "generate", small)
+    monkeypatch.setattr(module, "_batch", small)
     torch.manual_seed(0)
     found = scorer.generate_many(PREFIX, SUFFIXES, **options)
     assert sizes == [4, 2, 2]
-    monkeypatch.setattr(module, "generate", right)
+    monkeypatch.setattr(module, "_batch", right)
     torch.manual_seed(0)
     expected = scorer.generate_many(PREFIX, SUFFIXES[:2], **options)
     expected += scorer.generate_many(PREFIX, SUFFIXES[2:], **options)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from pskv import PrefixScorer
-from pskv.scorer import ScoreOutput
+from pskv.output import ScoreOutput
 from pskv.search import (
     BeamConfig,
     BeamSearch,

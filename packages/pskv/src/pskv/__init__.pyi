@@ -8,9 +8,9 @@ from .errors import StalePrefixError as StalePrefixError
 from .errors import UnsupportedModelError as UnsupportedModelError
 from .memory import MemoryPlan as MemoryPlan
 from .memory import memory_plan as memory_plan
+from .output import ScoreOutput as ScoreOutput
 from .planner import PackedLayout as PackedLayout
 from .planner import plan as plan
 from .prefix import SharedPrefix as SharedPrefix
 from .scorer import PrefixScorer as PrefixScorer
-from .scorer import ScoreOutput as ScoreOutput
 from .tokenization import RoundTripFilter as RoundTripFilter

@@ -60,7 +60,7 @@ class StepProblem:
         self.propose()
 
     def _ids(self, *shape: int) -> np.ndarray:
-        return self._generator.integers(0, self.scorer._encoder.vocabulary, shape)
+        return self._generator.integers(0, self.scorer.vocabulary_size, shape)
 
     def propose(self) -> None:
         """Make the candidates of another step."""
@@ -168,6 +168,6 @@ def step_workload(
             "tail": problem.tail, "target": len(problem.target),
             "dtype": str(next(problem.scorer.model.parameters()).dtype).removeprefix("torch."),
             "batches": batches, "backend": problem.scorer.backend,
-            "tokens_per_pass": problem.scorer._passes.micro.tokens,
+            "tokens_per_pass": problem.scorer.tokens_per_pass,
         },
     )  # fmt: skip

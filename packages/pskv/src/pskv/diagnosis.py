@@ -120,9 +120,12 @@ def diagnose(model: Any, tokenizer: PreTrainedTokenizerBase | None = None) -> Re
 def _try(scorer: Any, name: str) -> BackendReport:
     generator = np.random.default_rng(0)
     vocabulary = min(
-        scorer._encoder.vocabulary, scorer._passes.inner.get_input_embeddings().num_embeddings
+        scorer.vocabulary_size,
+        support.inner_model(scorer.model).get_input_embeddings().num_embeddings,
     )
-    limit = getattr(scorer._passes.inner.config.get_text_config(), "max_position_embeddings", 0)
+    limit = getattr(
+        support.inner_model(scorer.model).config.get_text_config(), "max_position_embeddings", 0
+    )
     prefix = generator.integers(0, vocabulary, min(_PREFIX, max(1, (limit or 1024) - _LENGTH)))
     rows = np.tile(generator.integers(0, vocabulary, _LENGTH), (_ROWS, 1))
     places = np.arange(_ROWS) % _LENGTH

@@ -13,6 +13,8 @@ from shared_kernels.ops.prefix_attention import PrefixLayout
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from pskv.batching import attempt
+
 if TYPE_CHECKING:
     from collections.abc import Generator
 
@@ -156,9 +158,48 @@ def check_options(options: dict[str, Any]) -> None:
 
 
 def generate(
-    passes: Passes, shared: SharedPrefix, rows: list[np.ndarray], options: dict[str, Any], impl: str
+    passes: Passes, shared: SharedPrefix, rows: list[np.ndarray], options: dict[str, Any]
 ) -> list[Tensor]:
-    """Run `generate` of the model on rows behind a prefix, and return the new tokens of each."""
+    """Run `generate` of the model on rows behind a prefix, and return the new tokens of each.
+
+    Halves the batch when memory runs out, and draws what it would have drawn.
+
+    Raises:
+        torch.OutOfMemoryError: One row does not fit.
+    """
+    found: list[Tensor] = []
+    size, low = len(rows), 0
+    while low < len(rows):
+        state = _random_state(passes.device)
+        part = rows[low : low + size]
+        made, problem = attempt(lambda part=part: _batch(passes, shared, part, options))
+        if made is not None:
+            found += made
+            low += len(part)
+            continue
+        if len(part) == 1:
+            raise torch.OutOfMemoryError(
+                f"{problem}; one row does not fit: lower max_new_tokens, or free memory"
+            )
+        _set_random_state(passes.device, state)
+        size = len(part) // 2
+    return found
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    on_gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return torch.get_rng_state(), on_gpu
+
+
+def _set_random_state(device: torch.device, state: tuple[Tensor, Tensor | None]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)
+
+
+def _batch(
+    passes: Passes, shared: SharedPrefix, rows: list[np.ndarray], options: dict[str, Any]
+) -> list[Tensor]:
     from pskv.attention import NAME, attention_of
 
     held = shared.length
@@ -180,7 +221,7 @@ def generate(
             line[-len(row) :], seen[-len(row) :] = row, 1
     pads = np.array([longest - len(row) for row in rows])
     cache = GrowingCache(shared.cache, longest + limit)
-    call = GrowingCall(cache, pads, impl)
+    call = GrowingCall(cache, pads, passes.packed_impl)
     with attention_of(passes.configs, NAME), growing(call):
         found = passes.model.generate(
             input_ids=passes.tensor(ids), attention_mask=passes.tensor(mask),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,8 @@ from pskv.backends import AutoBackend, check_backend
 from pskv.batching import MicroBatch, attempt
 from pskv.graphs import Graphs, rounded
 from pskv.head import Head
-from pskv.planner import PackedLayout, pack, sort_rows
+from pskv.planner import PackedLayout, pack, plan, sort_rows
+from pskv.work import Work, groups, targets_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
@@ -32,54 +32,6 @@ if TYPE_CHECKING:
 _WORTH_A_PREFIX = 16
 IMPLEMENTATIONS = {"fused": "triton", "split": "split"}
 """Backends that pack rows, and the implementation of the attention that each uses."""
-
-
-@dataclass(eq=False)
-class Work:
-    """Rows to score, and the place for their results.
-
-    Attributes:
-        rows: int64, the tokens of each row behind the prefix, targets included; where there is a
-            table, numbers of its rows.
-        first: int64 ``(N,)``, the place of each row's first target.
-        targets: int64 ``(R,)``, the target tokens of all rows, end to end.
-        bounds: int64 ``(N + 1,)``, where the targets of each row begin.
-        table: Embeddings ``(U, d)`` that stand for the tokens.
-        results: float32 ``(3, R)`` on the device, NaN until computed: log-probability, log-sum-exp
-            of the logits that the target is chosen from, and 1 if it is the likeliest token.
-        computed: Tokens passed through the model, padding included.
-        passes: Forward passes.
-        advance: Told the number of rows that are done.
-    """
-
-    rows: list[np.ndarray]
-    first: np.ndarray
-    targets: np.ndarray
-    bounds: np.ndarray
-    table: Tensor | None
-    results: Tensor
-    computed: int = 0
-    passes: int = 0
-    advance: Callable[[int], object] | None = None
-
-    @classmethod
-    def of(
-        cls,
-        rows: list[np.ndarray],
-        first: np.ndarray,
-        device: torch.device,
-        *,
-        table: Tensor | None = None,
-        targets: np.ndarray | None = None,
-    ) -> Work:
-        """Make work of rows; targets are read off them unless they are given."""
-        counts = np.array([len(row) for row in rows], dtype=np.int64) - first
-        bounds = np.concatenate([[0], np.cumsum(counts)])
-        if targets is None:
-            ends = [row[start:] for row, start in zip(rows, first.tolist(), strict=True)]
-            targets = np.concatenate(ends) if ends else np.zeros(0, dtype=np.int64)
-        results = torch.full((3, int(bounds[-1])), float("nan"), device=device)
-        return cls(rows, first, targets, bounds, table, results)
 
 
 class Passes:
@@ -124,6 +76,11 @@ class Passes:
         if self.backend in IMPLEMENTATIONS:
             return self.backend
         return self.auto.best
+
+    @property
+    def packed_impl(self) -> str:
+        """The implementation of the attention for what only packed rows can do."""
+        return IMPLEMENTATIONS[self.packed_backend]
 
     # -- prefixes --------------------------------------------------------------------------------
 
@@ -186,7 +143,7 @@ class Passes:
         if new.sum() <= self.micro.tokens or len(order) == 1:
             self._run(shared, work, order, common, depth, self.packed_backend)
         else:
-            for part in _groups(new, np.flatnonzero(common[1:] == parting) + 1, self.micro.tokens):
+            for part in groups(new, np.flatnonzero(common[1:] == parting) + 1, self.micro.tokens):
                 self._descend(shared, work, order[part], common[part], depth)
         shared.cache.truncate(held[0])
         shared.last_hidden = held[1]
@@ -264,7 +221,7 @@ class Passes:
         packs = backend in IMPLEMENTATIONS
         packed = pack(rows, np.arange(len(rows)), common, self.depth if packs else 1)
         # a row is told by its last token, if it has one
-        owner, place, slots = _targets(work, order, depth)
+        owner, place, slots = targets_of(work, order, depth)
         found = np.full(len(place), -1, dtype=np.int64)
         inside = place >= 0
         if packs:
@@ -378,7 +335,26 @@ class Passes:
                 return hidden
         return self.graphs.timed(key, lambda: forward([ids], None))
 
-    def states(
+    def next_token_logits(self, shared: SharedPrefix, rows: list[np.ndarray]) -> Tensor:
+        """Return the logits float32 ``(N, V)`` of what follows each row."""
+        packed = plan(rows)
+        hidden = self.packed(shared, packed, self.packed_impl)
+        states: list[Any] = [
+            hidden[packed.place(number, np.array([len(row) - 1]))] if len(row)
+            else shared.last_hidden
+            for number, row in enumerate(rows)
+        ]  # fmt: skip
+        return self.head.logits(torch.cat(states)).float()
+
+    def where_not_finite(self, shared: SharedPrefix, row: np.ndarray, table: Tensor | None) -> str:
+        """Say which layer of the model makes a row not finite, if one does."""
+        states = self._states(shared, row, table)
+        broken = [index for index, state in enumerate(states) if not state.isfinite().all()]
+        if not broken:
+            return ""
+        return ", from the embeddings on" if broken[0] == 0 else f", from layer {broken[0] - 1} on"
+
+    def _states(
         self, shared: SharedPrefix, row: np.ndarray, table: Tensor | None
     ) -> tuple[Tensor, ...]:
         """Return what the embeddings and each layer make of one row, to look for a fault."""
@@ -419,28 +395,3 @@ def replicated(cache: PrefixCache, rows: int) -> DynamicCache:
         )
         copies.update(keys, values, index)
     return copies
-
-
-def _targets(
-    work: Work, order: np.ndarray, depth: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the row in ``order`` of each target, the place that predicts it, and its slot."""
-    begins = work.bounds[order]
-    counts = work.bounds[order + 1] - begins
-    owner = np.repeat(np.arange(len(order)), counts)
-    within = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
-    # the first target may be predicted by the prefix itself
-    place = np.maximum(work.first[order][owner] + within - depth - 1, -1)
-    return owner, place, begins[owner] + within
-
-
-def _groups(tokens: np.ndarray, bounds: np.ndarray, most: int) -> list[slice]:
-    """Cut rows at ``bounds``, and join neighbours that have at most ``most`` tokens together."""
-    edges = [0, *bounds.tolist(), len(tokens)]
-    found: list[slice] = []
-    for low, high in pairwise(edges):
-        if found and tokens[found[-1].start : high].sum() <= most:
-            found[-1] = slice(found[-1].start, high)
-        else:
-            found.append(slice(low, high))
-    return found

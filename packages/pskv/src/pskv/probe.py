@@ -11,7 +11,6 @@ import torch
 from pskv import support
 from pskv.attention import PackedCall
 from pskv.errors import UnsupportedModelError
-from pskv.passes import IMPLEMENTATIONS
 from pskv.planner import pack, sort_rows
 
 if TYPE_CHECKING:
@@ -65,9 +64,8 @@ def probe(passes: Passes, prefill: Callable[[np.ndarray], SharedPrefix]) -> Prob
         raise UnsupportedModelError(f"model: {name} does not use its cache; {remedy}")
     order, common = sort_rows(rows)
     packed = pack(rows, order, common, 3)
-    impl = IMPLEMENTATIONS[passes.packed_backend]
-    call = PackedCall(packed.layout(_PREFIX), shared.cache, impl)
-    hidden = passes.packed(shared, packed, impl, call=call)
+    call = PackedCall(packed.layout(_PREFIX), shared.cache, passes.packed_impl)
+    hidden = passes.packed(shared, packed, call.impl, call=call)
     if call.layers != set(range(layers)):
         raise UnsupportedModelError(
             f"model: {len(call.layers)} of {layers} layers of {name} attend through "

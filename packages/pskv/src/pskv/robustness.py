@@ -18,6 +18,7 @@ from shared_kernels._checks import message
 from shared_kernels.files import write_text
 
 from pskv.search.config import BeamConfig, SearchConfig
+from pskv.support import inner_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -385,7 +386,7 @@ def _search(
     )
     if system is not None:
         chat.insert(0, {"role": "system", "content": system})
-    prompt = SearchPrompt.render(scorer._encoder.tokenizer, chat, canary.target)
+    prompt = SearchPrompt.render(scorer.tokenizer, chat, canary.target)
     plain = scorer.score(prompt.before, [prompt.after], targets=prompt.target)
     on_gpu = scorer.device.type == "cuda"
     before = 0
@@ -409,7 +410,7 @@ def _search(
 
 def _describe_model(scorer: PrefixScorer) -> dict[str, Any]:
     """Name a model by its shape and by a sample of its weights."""
-    inner = scorer._passes.inner
+    inner = inner_model(scorer.model)
     digest = hashlib.sha256()
     for name, parameter in scorer.model.named_parameters():
         sample = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)]

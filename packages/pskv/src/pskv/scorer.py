@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,16 +13,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pskv import support
-from pskv.batching import attempt
 from pskv.embeddings import number_vectors
 from pskv.encoding import Encoder, as_row
 from pskv.errors import StalePrefixError
 from pskv.generation import check_options, generate
 from pskv.gradient import by_token, embedding_gradient
-from pskv.passes import IMPLEMENTATIONS, Passes, Work
-from pskv.planner import plan
+from pskv.output import ScoreOutput
+from pskv.passes import Passes
 from pskv.prefix import PrefixCache, SharedPrefix
 from pskv.probe import probe
+from pskv.work import Work
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -34,32 +33,6 @@ if TYPE_CHECKING:
     Prefix = SharedPrefix | str | list[dict[str, str]] | Ids
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-@dataclass(frozen=True, eq=False)
-class ScoreOutput:
-    """Log-probabilities of continuations, in the order in which they were given.
-
-    Attributes:
-        logprobs: float32 ``(N,)`` on the CPU, in nats: the sum over a row's targets, or the mean.
-        token_logprobs: For each row float32 ``(targets,)``.
-        token_lse: For each row float32 ``(targets,)``, the log-sum-exp of the logits that each
-            target is chosen from; a target's logit is its log-probability plus this.
-        token_is_greedy: For each row bool ``(targets,)``, whether a target is the likeliest token
-            at its place.
-        is_greedy: bool ``(N,)``, whether all of a row's are.
-        num_tokens: int64 ``(N,)``, targets of each row.
-        stats: What was done: backend, tokens computed, tokens that one pass per row computes,
-            forward passes, seconds.
-    """
-
-    logprobs: Tensor
-    token_logprobs: list[Tensor]
-    token_lse: list[Tensor]
-    token_is_greedy: list[Tensor]
-    is_greedy: Tensor
-    num_tokens: Tensor
-    stats: dict[str, Any] = field(default_factory=dict)
 
 
 class PrefixScorer:
@@ -100,7 +73,7 @@ class PrefixScorer:
         cuda_graphs: bool = True,
     ) -> None:
         support.check_model(model)
-        self.model, self.tokenizer = model, tokenizer
+        self.model = model
         self._passes = Passes(
             model, backend=backend, micro_batch=micro_batch, depth=3 if share_parent else 1,
             deterministic=deterministic, cuda_graphs=cuda_graphs,
@@ -114,6 +87,25 @@ class PrefixScorer:
     def backend(self) -> str:
         """How rows attend to the prefix."""
         return self._passes.backend
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer.
+
+        Raises:
+            ValueError: There is none.
+        """
+        return self._encoder.tokenizer
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Tokens that the head tells apart."""
+        return self._encoder.vocabulary
+
+    @property
+    def tokens_per_pass(self) -> int:
+        """Most tokens of a forward pass, as far as memory is known now."""
+        return self._passes.micro.tokens
 
     # -- prefixes --------------------------------------------------------------------------------
 
@@ -306,15 +298,7 @@ class PrefixScorer:
             self._check(prefix, extended, first)
             if not arrays:
                 return torch.empty(0, self._encoder.vocabulary, device=self.device)
-            packed = plan(arrays)
-            impl = IMPLEMENTATIONS[self._passes.packed_backend]
-            hidden = self._passes.packed(prefix, packed, impl)
-            states: list[Any] = [
-                hidden[packed.place(number, np.array([len(row) - 1]))] if len(row)
-                else prefix.last_hidden
-                for number, row in enumerate(arrays)
-            ]  # fmt: skip
-            return self._passes.head.logits(torch.cat(states)).float()
+            return self._passes.next_token_logits(prefix, arrays)
 
     # -- gradients and generation ----------------------------------------------------------------
 
@@ -443,25 +427,7 @@ class PrefixScorer:
             self._check(
                 shared, rows, np.array([max(0, len(row) - 1) for row in rows], dtype=np.int64)
             )
-            impl = IMPLEMENTATIONS[self._passes.packed_backend]
-            found: list[Tensor] = []
-            size, low = len(rows), 0
-            while low < len(rows):
-                state = _random_state(self.device)
-                part = rows[low : low + size]
-                made, problem = attempt(
-                    lambda part=part: generate(self._passes, shared, part, options, impl)
-                )
-                if made is not None:
-                    found += made
-                    low += len(part)
-                    continue
-                if len(part) == 1:
-                    raise torch.OutOfMemoryError(
-                        f"{problem}; one row does not fit: lower max_new_tokens, or free memory"
-                    )
-                _set_random_state(self.device, state)
-                size = len(part) // 2
+            found = generate(self._passes, shared, rows, options)
             if own:
                 shared.close()
             return found
@@ -484,50 +450,14 @@ class PrefixScorer:
     def _output(
         self, shared: SharedPrefix, work: Work, backend: str, reduction: str, begin: float
     ) -> ScoreOutput:
-        values, lse, greedy = work.results.cpu()
-        greedy = greedy == 1
-        bad = (values.isnan() | (values == float("inf"))).nonzero()
-        if len(bad):
-            row = int(np.searchsorted(work.bounds, int(bad[0]), side="right") - 1)
+        output = ScoreOutput.of(
+            work, shared.length, reduction, backend, time.perf_counter() - begin
+        )
+        row = output.broken()
+        if row is not None:
+            where = self._passes.where_not_finite(shared, work.rows[row][:-1], work.table)
             raise FloatingPointError(
-                f"continuations[{row}]: its logits are not finite{self._where(shared, work, row)}; "
-                "the model overflows on it (try bfloat16 or float32)"
+                f"continuations[{row}]: its logits are not finite{where}; the model overflows on "
+                "it (try bfloat16 or float32)"
             )
-        counts = np.diff(work.bounds)
-        number = torch.from_numpy(np.repeat(np.arange(len(counts)), counts))
-        sums = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, number, values.double())
-        wrong = torch.zeros(len(counts), dtype=torch.int64).index_add_(0, number, (~greedy).long())
-        tokens = torch.from_numpy(counts)
-        if reduction == "mean":
-            sums = sums / tokens
-        stats = {
-            "backend": backend,
-            "tokens": work.computed,
-            "tokens_without_sharing": sum(shared.length + len(row) for row in work.rows),
-            "passes": work.passes,
-            "seconds": time.perf_counter() - begin,
-        }
-        parts = counts.tolist()
-        return ScoreOutput(
-            sums.float(), list(values.split(parts)), list(lse.split(parts)),
-            list(greedy.split(parts)), wrong == 0, tokens, stats,
-        )  # fmt: skip
-
-    def _where(self, shared: SharedPrefix, work: Work, row: int) -> str:
-        """Say which layer of the model makes a row not finite, if one does."""
-        states = self._passes.states(shared, work.rows[row][:-1], work.table)
-        broken = [index for index, state in enumerate(states) if not state.isfinite().all()]
-        if not broken:
-            return ""
-        return ", from the embeddings on" if broken[0] == 0 else f", from layer {broken[0] - 1} on"
-
-
-def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    on_gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return torch.get_rng_state(), on_gpu
-
-
-def _set_random_state(device: torch.device, state: tuple[Tensor, Tensor | None]) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1], device)
+        return output

@@ -56,7 +56,7 @@ class BeamSearch:
         """
         notice()
         config = self.config
-        tokenizer = self.scorer._encoder.tokenizer
+        tokenizer = self.scorer.tokenizer
         prompt = SearchPrompt.render(tokenizer, messages, target)
         evaluation = Evaluation(self.scorer, prompt, max_perplexity=config.max_perplexity)
         generator = torch.Generator().manual_seed(config.seed)

@@ -84,7 +84,7 @@ class CoordinateSearch:
         """
         notice()
         config = self.config
-        tokenizer = self.scorer._encoder.tokenizer
+        tokenizer = self.scorer.tokenizer
         prompt = SearchPrompt.render(tokenizer, messages, target)
         settings = asdict(config)
         path = None if checkpoint is None else Path(checkpoint)
@@ -188,7 +188,7 @@ class CoordinateSearch:
     def _allowed_tokens(self) -> Tensor:
         if self._allowed is None:
             self._allowed = allowed_tokens(
-                self.scorer._encoder.tokenizer, self.scorer._encoder.vocabulary,
+                self.scorer.tokenizer, self.scorer.vocabulary_size,
                 non_ascii=self.config.allow_non_ascii,
             )  # fmt: skip
         return self._allowed

@@ -14,6 +14,7 @@ from shared_kernels.files import write_text
 from torch import Tensor
 
 from pskv.search.result import SearchResult, SearchStep
+from pskv.support import inner_model
 from pskv.tokenization import RoundTripFilter
 
 if TYPE_CHECKING:
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from pskv.scorer import PrefixScorer, ScoreOutput
+    from pskv.output import ScoreOutput
+    from pskv.scorer import PrefixScorer
     from pskv.search.prompt import SearchPrompt
 
 _noticed = False
@@ -82,16 +84,16 @@ class Evaluation:
         self.best_nll = math.inf
         self.elicited: tuple[int, list[int]] | None = None
         self._begin = time.perf_counter()
-        model = scorer._passes.inner
+        model = inner_model(scorer.model)
         self._per_token = 2.0 * model.num_parameters(exclude_embeddings=True)
-        self._per_target = 2.0 * scorer._passes.head.module.weight.numel()
+        self._per_target = 2.0 * model.get_output_embeddings().weight.numel()
         self.flops += self._per_token * self.tokens
 
     def survives(self, candidates: Tensor) -> Tensor:
         """Return which candidates stay the same when the whole prompt is written and read."""
         if self._filter is None:
             self._filter = RoundTripFilter(
-                self.scorer._encoder.tokenizer,
+                self.scorer.tokenizer,
                 self.prompt.before.tolist(),
                 self.prompt.after.tolist(),
             )
@@ -163,7 +165,7 @@ class Evaluation:
         self, ids: list[int], loss: float, steps: list[SearchStep], config: dict[str, Any]
     ) -> SearchResult:
         """Describe the search, and let the prefix go."""
-        text = self.scorer._encoder.tokenizer.decode(ids)
+        text = self.scorer.tokenizer.decode(ids)
         assert isinstance(text, str)
         found = SearchResult(
             ids, text, loss, evaluations=self.evaluations, dropped=self.dropped,
