@@ -16,48 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from pskv import PrefixScorer
-from pskv.output import ScoreOutput
+from pskv.bench import UncachedScorer
 from pskv.search import CoordinateSearch, GradientSampler, SearchConfig
 from shared_kernels.bench import describe_run
 from shared_kernels.files import write_text
 
 MESSAGES, TARGET = "Write a short greeting.", "Hello, sunshine!"
-
-
-class Uncached(PrefixScorer):
-    """Passes over whole rows, for scores and gradients."""
-
-    @torch.no_grad()
-    def score(self, prefix, continuations, *, targets=None, reduction="sum"):
-        end = torch.as_tensor(np.asarray(targets))
-        rows = torch.as_tensor(np.asarray(continuations))
-        rows = torch.cat([rows, end.expand(len(rows), -1)], 1)
-        whole = torch.cat([prefix.ids.expand(len(rows), -1), rows], 1).to(self.device)
-        logits = [
-            self.model(part, use_cache=False, logits_to_keep=len(end) + 1).logits[:, :-1].cpu()
-            for part in whole.split(32)
-        ]
-        logits = torch.cat(logits).float()
-        found = logits.log_softmax(-1).gather(2, end.expand(len(rows), -1)[..., None])[..., 0]
-        greedy = logits.argmax(-1) == end
-        return ScoreOutput(
-            found.sum(1), list(found), list(logits.logsumexp(-1)), list(greedy), greedy.all(1),
-            torch.full((len(rows),), len(end)), {"tokens": whole.numel()},
-        )  # fmt: skip
-
-    def token_gradient(self, prefix, suffix_ids, tail_ids, target_ids, *, objective="nll"):
-        parts = [
-            torch.as_tensor(np.asarray(part)).to(self.device)
-            for part in (prefix.ids, suffix_ids, tail_ids, target_ids)
-        ]
-        embed = self.model.get_input_embeddings()
-        before, suffix, *rest = (embed(part).detach() for part in parts)
-        suffix.requires_grad_()
-        logits = self.model(inputs_embeds=torch.cat([before, suffix, *rest])[None]).logits[0]
-        logits = logits[-len(parts[3]) - 1 : -1].float()
-        loss = torch.nn.functional.cross_entropy(logits, parts[3], reduction="sum")
-        (gradient,) = torch.autograd.grad(loss, suffix)
-        return gradient @ embed.weight.detach().mT
 
 
 class Recorder(GradientSampler):
@@ -74,7 +38,7 @@ class Recorder(GradientSampler):
 
 def run(model, tokenizer, name, config):
     scorer = (
-        Uncached(model, tokenizer)
+        UncachedScorer(model, tokenizer)
         if name == "no cache"
         else PrefixScorer(model, tokenizer, backend=name)
     )

@@ -97,7 +97,7 @@ def test_bfloat16_is_no_further_from_float64_than_ordinary_passes(family, device
     scorer = PrefixScorer(model, backend="fused" if device == "cuda" else "split")
     prefix = np.random.default_rng(1).integers(3, 90, 18)
     errors, scores = ({name: [] for name in ("ours", "ordinary", "exact")} for _ in range(2))
-    for seed in range(6):
+    for seed in range(6 if device == "cuda" else 2):
         rows = make_rows(seed)
         out = scorer.score(torch.as_tensor(prefix), rows)
         for row, found in zip(rows, out.token_logprobs, strict=True):

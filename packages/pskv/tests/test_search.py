@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from pskv import PrefixScorer
-from pskv.output import ScoreOutput
+from pskv.bench import UncachedScorer
 from pskv.search import (
     BeamConfig,
     BeamSearch,
@@ -50,43 +50,13 @@ def tiny(tokenizer):
     return PrefixScorer(model, tokenizer, backend="split")
 
 
-class Uncached(PrefixScorer):
-    """Scores and differentiates by passes over whole rows: what the others must agree with."""
-
-    @torch.no_grad()
-    def score(self, prefix, continuations, *, targets=None, reduction="sum"):
-        end = torch.as_tensor(np.asarray(targets))
-        rows = torch.as_tensor(np.asarray(continuations))
-        rows = torch.cat([rows, end.expand(len(rows), -1)], 1)
-        whole = torch.cat([prefix.ids.expand(len(rows), -1), rows], 1)
-        logits = self.model(whole, use_cache=False).logits[:, -len(end) - 1 : -1]
-        found = logits.log_softmax(-1).gather(2, end.expand(len(rows), -1)[..., None])[..., 0]
-        greedy = logits.argmax(-1) == end
-        return ScoreOutput(
-            found.sum(1), list(found), list(logits.logsumexp(-1)), list(greedy), greedy.all(1),
-            torch.full((len(rows),), len(end)), {"tokens": whole.numel()},
-        )  # fmt: skip
-
-    def token_gradient(self, prefix, suffix_ids, tail_ids, target_ids, *, objective="nll"):
-        parts = [torch.as_tensor(np.asarray(p)) for p in (suffix_ids, tail_ids, target_ids)]
-        embed = self.model.get_input_embeddings()
-        suffix = embed(parts[0]).detach().requires_grad_()
-        rest = embed(torch.cat(parts[1:])).detach()
-        before = embed(prefix.ids).detach()
-        logits = self.model(inputs_embeds=torch.cat([before, suffix, rest])[None]).logits[0]
-        logits = logits[-len(parts[2]) - 1 : -1]
-        loss = torch.nn.functional.cross_entropy(logits, parts[2], reduction="sum")
-        (gradient,) = torch.autograd.grad(loss, suffix)
-        return gradient @ embed.weight.detach().mT
-
-
 def test_steps_are_the_same_without_a_cache(model, tokenizer):
     # benchmarks/trajectory.py takes fifty, wider ones
     config = SearchConfig(steps=5, width=8, topk=64, init=INIT)
     found = {}
     for name in ("none", "replicate", "split"):
         scorer = (
-            Uncached(model, tokenizer) if name == "none"
+            UncachedScorer(model, tokenizer) if name == "none"
             else PrefixScorer(model, tokenizer, backend=name)
         )  # fmt: skip
         found[name] = CoordinateSearch(scorer, config).run(MESSAGES, TARGET, progress=False)

@@ -59,3 +59,17 @@ def test_candidates_that_survive_being_typed(tokenizer):
     assert keep(ids[:0]).tolist() == []
     with pytest.raises(ValueError, match="before: expected token ids that decoding"):
         RoundTripFilter(tokenizer, letters[:3], after)
+
+
+def test_a_candidate_that_merges_with_what_stands_around_it_does_not_survive(tokenizer):
+    def encode(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    for before, candidate, after, kept in (
+        ("Say:", " pl", "", True),
+        ("Say:", " pl", "ease", False),
+        ("Say", "portant", "", True),
+        ("Say im", "portant", "", False),
+    ):
+        keep = RoundTripFilter(tokenizer, encode(before), encode(after))
+        assert keep(torch.tensor([encode(candidate)])).tolist() == [kept]

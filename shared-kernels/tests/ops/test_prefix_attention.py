@@ -77,9 +77,10 @@ CASES = {
                       [(0, 7), (20, 5)], [(0, 7), (20, 5)]],
     },
     "ancestors longer than a block": {
-        "lengths": [90, 20, 28, 40, 3],
+        # of the last two one joins the rest of its ancestor, and one reads on in the same tile
+        "lengths": [90, 20, 28, 3, 20, 30],
         "prefix": 40,
-        "ancestors": [[], [(0, 70)], [(0, 33), (90, 7)], [(0, 64)], [(0, 65), (90, 0)]],
+        "ancestors": [[], [(0, 70)], [(0, 33), (90, 7)], [(0, 65), (90, 0)], [(0, 40)], [(0, 60)]],
     },
     "prefixes of different length": {"lengths": [3, 2, 4], "prefix": [5, 70, 33]},
     "many short rows": {"lengths": [1, 2] * 40, "prefix": 70},
@@ -238,7 +239,8 @@ def test_the_rest_of_an_ancestor_joins_own_keys_that_need_no_more_blocks_for_it(
 
 
 def test_a_fixed_layout_takes_the_place_of_others(kernel_device):
-    chain = [[], [(0, 40)], [(0, 7)]]
+    # a row of another range is a tile more than the second layout has
+    chain = [[], [(0, 40)], [(5, 7)]]
     first = make_problem([60, 30, 9], prefix=70, ancestors=chain, group=3).to(kernel_device)
     chain = [[], [(0, 3)], [(0, 50)], [(0, 9)]]
     second = make_problem([60, 20, 18, 1], prefix=70, ancestors=chain, group=3).to(kernel_device)

@@ -7,19 +7,14 @@ loads torch before it runs.
 
 from __future__ import annotations
 
-import json
-import logging
 import math
-import sys
 from pathlib import Path  # noqa: TC003 (cyclopts reads the annotations)
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, Parameter
+from shared_kernels.console import JsonFlag, print_json, print_table, run_app
 
 from flashdp.config import AccountantKind  # noqa: TC001 (as above)
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 app = App(
     name="flashdp",
@@ -28,7 +23,6 @@ app = App(
     help_format="plaintext",
 )
 
-JsonFlag = Annotated[bool, Parameter(name="--json", negative="")]
 FallbackFlag = Annotated[bool, Parameter(negative="")]
 
 
@@ -119,9 +113,9 @@ def check(
 
     found = check_model(outline(model, lora_rank=lora_rank), fallback=fallback)
     if json_output:
-        _print_json({"model": model, **found.to_dict()})
+        print_json({"model": model, **found.to_dict()})
         return 0 if found.passed else 1
-    _print_table(
+    print_table(
         [
             (e.name, str(e.count), e.kind, _shape(e.shape), f"{e.parameters:,}", e.rule or "none")
             for e in found.layers
@@ -168,8 +162,8 @@ def plan(
     outlined = outline(model, lora_rank=lora_rank)
     found = forecast(outlined, units=batch, tokens=tokens, device=device)
     if json_output:
-        return _print_json({"model": model, **found.to_dict()})
-    _print_table(
+        return print_json({"model": model, **found.to_dict()})
+    print_table(
         [
             (
                 e.name, str(e.count), e.strategy,
@@ -187,7 +181,7 @@ def plan(
         ("largest workspace of a layer", _bytes(found.workspace)),
         ("one gradient per unit, which is not kept", _bytes(found.per_sample)),
     ]
-    _print_table(rows)
+    print_table(rows)
     where = "a typical CPU" if device == "cpu" else "this GPU, measured just now"
     print(f"Estimates, at the rates of {where}; attention's own products, elementwise work and")
     print("the noise are not counted.")
@@ -234,9 +228,9 @@ def audit(
     passed = found.epsilon_lower <= claimed
     if json_output:
         values = {**asdict(found), "noise_multiplier": noise_multiplier, "claim": claimed}
-        _print_json({**values, "passed": passed})
+        print_json({**values, "passed": passed})
     else:
-        _print_table(
+        print_table(
             [
                 ("epsilon claimed", _short(claimed)),
                 (f"epsilon shown, at {confidence:.0%} confidence", _short(found.epsilon_lower)),
@@ -262,25 +256,14 @@ def report(run_dir: Path, *, json_output: JsonFlag = False) -> int:
 
     found = PrivacyReport.load(run_dir)
     if json_output:
-        return _print_json(found.to_dict())
+        return print_json(found.to_dict())
     print(found.to_markdown(), end="")
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit status."""
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
-    try:
-        result = app(argv, exit_on_error=False, result_action="return_value")
-    except CycloptsError:
-        return 2
-    except (FileNotFoundError, FileExistsError, ValueError, TypeError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (OSError, RuntimeError, MemoryError) as error:
-        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    return result if isinstance(result, int) else 0
+    return run_app(app, argv)
 
 
 def _version() -> str:
@@ -336,18 +319,13 @@ def _print_cost(
         "version": accountant.version,
     }
     if json_output:
-        return _print_json(values)
-    _print_table([(name, _short(v)) for name, v in values.items() if v is not None])
+        return print_json(values)
+    print_table([(name, _short(v)) for name, v in values.items() if v is not None])
     return 0
 
 
 def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _print_json(value: Any) -> int:
-    print(json.dumps(value, allow_nan=False))
-    return 0
 
 
 def _shape(shape: tuple[int, ...]) -> str:
@@ -361,13 +339,3 @@ def _bytes(count: int) -> str:
             break
         value, unit = value / 1000, larger
     return f"{value:.3g} {unit}"
-
-
-def _print_table(rows: Sequence[tuple[str, ...]], columns: tuple[str, ...] = ()) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*(columns or ("", "")), show_header=bool(columns))
-    for row in rows:
-        table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 200).print(table)

@@ -15,16 +15,65 @@ from shared_kernels._checks import check_choice
 from shared_kernels.bench import Arm, Workload
 from torch import Tensor
 
+from pskv.output import ScoreOutput
 from pskv.passes import replicated
+from pskv.scorer import PrefixScorer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pskv.scorer import PrefixScorer
-
 PEERS = ("no cache", "replicate", "layerwise")
 """Passes over whole rows; a copy of the prefix per row in all layers, as search tools make it; a
 copy per row in one layer at a time, the paper's way."""
+
+
+class UncachedScorer(PrefixScorer):
+    """Scores and differentiates by passes over whole rows: what every other way must agree with.
+
+    It has what a search asks for: `score` with one target for all rows, and `token_gradient` of
+    the likelihood.
+    """
+
+    @torch.no_grad()
+    def score(
+        self, prefix: Any, continuations: Any, *, targets: Any = None, reduction: str = "sum"
+    ) -> ScoreOutput:
+        """Score continuations int64 ``(N, S)``, 32 at a time."""
+        end = torch.as_tensor(np.asarray(targets))
+        rows = torch.as_tensor(np.asarray(continuations))
+        ends = end.expand(len(rows), -1)
+        whole = torch.cat([prefix.ids.expand(len(rows), -1), rows, ends], 1).to(self.device)
+        parts = [
+            self.model(part, use_cache=False, logits_to_keep=len(end) + 1).logits[:, :-1].cpu()
+            for part in whole.split(32)
+        ]
+        logits = torch.cat(parts).float()
+        found = logits.log_softmax(-1).gather(2, ends[..., None])[..., 0]
+        greedy = logits.argmax(-1) == end
+        return ScoreOutput(
+            found.sum(1), list(found), list(logits.logsumexp(-1)), list(greedy), greedy.all(1),
+            torch.full((len(rows),), len(end)), {"tokens": whole.numel()},
+        )  # fmt: skip
+
+    def token_gradient(
+        self, prefix: Any, suffix_ids: Any, tail_ids: Any, target_ids: Any, *,
+        objective: Any = "nll",
+    ) -> Tensor:  # fmt: skip
+        """Differentiate the likelihood of the targets."""
+        check_choice("objective", objective, ("nll",))
+        before, suffix, tail, target = (
+            torch.as_tensor(np.asarray(part)).to(self.device)
+            for part in (prefix.ids, suffix_ids, tail_ids, target_ids)
+        )
+        embed = self.model.get_input_embeddings()
+        held, leaf, rest = (embed(x).detach() for x in (before, suffix, torch.cat([tail, target])))
+        leaf.requires_grad_()
+        logits = self.model(inputs_embeds=torch.cat([held, leaf, rest])[None]).logits[0]
+        loss = torch.nn.functional.cross_entropy(
+            logits[-len(target) - 1 : -1].float(), target, reduction="sum"
+        )
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        return gradient @ embed.weight.detach().mT
 
 
 class StepProblem:

@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 from pathlib import Path  # noqa: TC003 (cyclopts reads the annotations)
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Any, Literal
 
-from cyclopts import App, CycloptsError, Parameter
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from cyclopts import App
+from shared_kernels.console import JsonFlag, print_json, print_table, run_app
 
 app = App(
     name="pskv",
@@ -25,7 +22,6 @@ app = App(
     help_format="plaintext",
 )
 
-JsonFlag = Annotated[bool, Parameter(name="--json", negative="")]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -53,7 +49,7 @@ def doctor(
     loaded, tokenizer = _load(model, device, dtype)
     found = diagnose(loaded, tokenizer)
     if json_output:
-        _print_json({"name": model, **found.to_dict()})
+        print_json({"name": model, **found.to_dict()})
         return 0 if found.works else 1
     kinds = ", ".join(f"{found.layers.count(kind)} {kind}" for kind in sorted(set(found.layers)))
     rows = [
@@ -65,11 +61,11 @@ def doctor(
         rows.append(
             ("a chat can be written and read again", "yes" if found.chat_survives else "no")
         )
-    _print_table(rows)
+    print_table(rows)
     if not found.works:
         print(f"It cannot be scored: {found.refused}")
         return 1
-    _print_table(
+    print_table(
         [
             (
                 b.name,
@@ -121,8 +117,8 @@ def plan(
         outline = AutoModelForCausalLM.from_config(config, dtype=chosen)
     found = memory_plan(outline, prefix_len, width, length)
     if json_output:
-        return _print_json({"name": model, **found.to_dict()})
-    _print_table(
+        return print_json({"name": model, **found.to_dict()})
+    print_table(
         [
             ("weights", format_bytes(found.weights)),
             ("prefix, held once", format_bytes(found.prefix)),
@@ -235,8 +231,8 @@ def bench(
     workload = step_workload(problem, [part.strip() for part in against.split(",")])
     measured = run_workload(workload, Ceilings(scorer.device.type), Plan(max_seconds=seconds))
     if json_output:
-        return _print_json({"name": model, "provenance": describe_run("pskv bench"), **measured})
-    _print_table(
+        return print_json({"name": model, "provenance": describe_run("pskv bench"), **measured})
+    print_table(
         [
             (
                 arm["name"], f"{1e3 * arm['seconds']['median']:.1f}",
@@ -314,18 +310,7 @@ def robustness(
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit status."""
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
-    try:
-        result = app(argv, exit_on_error=False, result_action="return_value")
-    except CycloptsError:
-        return 2
-    except (FileNotFoundError, FileExistsError, ValueError, TypeError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (OSError, RuntimeError, MemoryError, FloatingPointError) as error:
-        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    return result if isinstance(result, int) else 0
+    return run_app(app, argv)
 
 
 def _version() -> str:
@@ -365,18 +350,3 @@ def _read_continuations(path: Path) -> list[dict[str, str]]:
     if not items:
         raise ValueError(f"--continuations: expected at least one line in {path}")
     return items
-
-
-def _print_json(value: Any) -> int:
-    print(json.dumps(value, allow_nan=False))
-    return 0
-
-
-def _print_table(rows: Sequence[tuple[str, ...]], columns: tuple[str, ...] = ()) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*(columns or ("", "")), show_header=bool(columns))
-    for row in rows:
-        table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 200).print(table)

@@ -8,12 +8,12 @@ it runs.
 from __future__ import annotations
 
 import json
-import logging
 import sys
 from pathlib import Path  # noqa: TC003 (cyclopts reads the annotations)
 from typing import Annotated, Any, Literal
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, Parameter
+from shared_kernels.console import JsonFlag, print_json, print_table, print_wide, run_app
 
 from zo2.config import OffloadConfig, ZOConfig
 from zo2.log import FLUSH, SKIPPED, LogError, UpdateLog
@@ -28,8 +28,6 @@ log_app = App(name="log", help="Look into update logs, check and cut them.")
 app.command(log_app)
 bench_app = App(name="bench", help="Measure this machine: noise, transfers, a step.")
 app.command(bench_app)
-
-JsonFlag = Annotated[bool, Parameter(name="--json", negative="")]
 
 
 @log_app.command
@@ -54,10 +52,10 @@ def show(path: Path, *, last: int = 10, json_output: JsonFlag = False) -> int:
         **header,
     }
     if json_output:
-        return _print_json({**summary, "last": rows})
-    _print_table(f"{path}", ("", ""), [(k, _short(v)) for k, v in summary.items()])
+        return print_json({**summary, "last": rows})
+    print_table([(k, _short(v)) for k, v in summary.items()], title=f"{path}")
     columns = ("step", "seed", "lr", "weight_decay", "g", "flags")
-    _print_table("last records", columns, [[_short(row[c]) for c in columns] for row in rows])
+    print_table([[_short(row[c]) for c in columns] for row in rows], columns, title="last records")
     return 0
 
 
@@ -73,7 +71,7 @@ def verify(path: Path, *, json_output: JsonFlag = False) -> int:
         report = log.verify()
     faults = [d.message for d in report.damage]
     if json_output:
-        _print_json(
+        print_json(
             {
                 "ok": report.ok,
                 "records": report.records,
@@ -104,7 +102,7 @@ def truncate(path: Path, records: int, *, json_output: JsonFlag = False) -> int:
         before = len(log)
         log.truncate(records)
     if json_output:
-        return _print_json({"path": str(path), "before": before, "records": records})
+        return print_json({"path": str(path), "before": before, "records": records})
     print(f"{path}: kept {records} of {before} records")
     return 0
 
@@ -125,7 +123,7 @@ def diff(first: Path, second: Path, *, json_output: JsonFlag = False) -> int:
         at = _first_difference(a, b)
     same = not differing and at is None and lengths[0] == lengths[1]
     if json_output:
-        _print_json({"same": same, "header": differing, "records": lengths, "first_difference": at})
+        print_json({"same": same, "header": differing, "records": lengths, "first_difference": at})
     elif same:
         print(f"the same: {lengths[0]} records")
     else:
@@ -159,7 +157,7 @@ def replay(
 
     folder = run(base, log, upto=upto, device=device, out=out, progress=sys.stderr.isatty())
     if json_output:
-        return _print_json({"out": str(folder)})
+        return print_json({"out": str(folder)})
     print(folder)
     return 0
 
@@ -332,25 +330,7 @@ def bench_step(
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit status."""
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
-    try:
-        result = app(argv, exit_on_error=False, result_action="return_value")
-    except CycloptsError:
-        return 2
-    except (
-        LogError,
-        FileNotFoundError,
-        FileExistsError,
-        ValueError,
-        TypeError,
-        ImportError,
-    ) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (OSError, RuntimeError, MemoryError) as error:
-        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    return result if isinstance(result, int) else 0
+    return run_app(app, argv, bad_input=(LogError,))
 
 
 def _version() -> str:
@@ -410,34 +390,14 @@ def _short(value: Any) -> str:
 
 def _print_plan(found: Any, json_output: bool) -> int:
     if json_output:
-        _print_json(found.to_dict())
+        print_json(found.to_dict())
     else:
-        _print(found.table())
+        print_wide(found.table())
     return 0 if found.fits_gpu and found.fits_host else 1
 
 
 def _print_result(title: str, values: dict[str, Any], json_output: bool) -> int:
     if json_output:
-        return _print_json(values)
-    _print_table(title, ("", ""), [(k, _short(v)) for k, v in values.items()])
+        return print_json(values)
+    print_table([(k, _short(v)) for k, v in values.items()], title=title)
     return 0
-
-
-def _print_json(value: Any) -> int:
-    print(json.dumps(value, allow_nan=False))
-    return 0
-
-
-def _print_table(title: str, columns: Any, rows: Any) -> None:
-    from rich.table import Table
-
-    table = Table(*columns, title=title, show_header=any(columns), title_justify="left")
-    for row in rows:
-        table.add_row(*row)
-    _print(table)
-
-
-def _print(table: Any) -> None:
-    from rich.console import Console
-
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
