@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from pskv import PrefixScorer, SharedPrefixCache, StalePrefixError, UnsupportedModelError
+from pskv import PrefixScorer, SharedPrefixCache, StalePrefixError, UnsupportedModelError, support
 from shared_kernels.testing.models import tiny_model
 
 FAMILIES = [
@@ -70,6 +70,9 @@ def test_families_agree_with_uncached_rows(family, backend, device):
     if device == "cpu" and backend == "fused" and family not in INTERPRETED:
         pytest.skip("its kernels run on a GPU only")
     model = tiny_model(family, **OVERRIDES.get(family, {})).to(device)
+    if family == "gemma2":
+        # older versions of transformers take sdpa for it, which leaves out the cap
+        model.set_attn_implementation("eager")
     scorer = PrefixScorer(model, backend=backend)
     prefix = np.random.default_rng(1).integers(3, 90, 18)
     before = model.config._attn_implementation
@@ -393,6 +396,24 @@ def test_adapters():
     virtual = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     with pytest.raises(UnsupportedModelError, match="virtual tokens"):
         PrefixScorer(peft.get_peft_model(tiny_model("llama"), virtual).eval())
+
+
+def test_an_attention_that_leaves_out_the_cap_is_named(monkeypatch):
+    from transformers.models.gemma2 import modeling_gemma2
+
+    right = modeling_gemma2.eager_attention_forward
+
+    def without(*args, **options):
+        return right(*args, **{**options, "softcap": None})
+
+    model = tiny_model("gemma2", **OVERRIDES["gemma2"])
+    model.set_attn_implementation("eager")
+    monkeypatch.setattr(modeling_gemma2, "eager_attention_forward", without)
+    with pytest.raises(UnsupportedModelError, match=r"differ from ordinary ones.*please report"):
+        PrefixScorer(model, backend="split")
+    # as transformers 5.17 has it by default; later ones raise
+    model.config._attn_implementation_internal = "sdpa"
+    assert 'attn_implementation="eager"' in support.remedy(model)
 
 
 def test_numbers_that_overflow_name_the_layer():

@@ -57,7 +57,7 @@ def probe(passes: Passes, prefill: Callable[[np.ndarray], SharedPrefix]) -> Prob
         row[place] = (row[place] + 1 + place) % vocabulary
     rows.append(generator.integers(0, vocabulary, 5))
     name = type(inner).__name__
-    remedy = "score it without a cache, and please report the model"
+    remedy = support.remedy(inner)
     shared = prefill(ids[:_PREFIX])
     layers = inner.config.get_text_config().num_hidden_layers
     if shared.cache.get_seq_length() != _PREFIX or len(shared.cache.held) != layers:

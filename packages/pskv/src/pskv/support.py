@@ -119,6 +119,18 @@ def check_length(model: Any, prefix: int, longest: int) -> None:
             )
 
 
+def remedy(model: Any) -> str:
+    """Return what to do about a model whose results differ over a shared prefix."""
+    text = model.config.get_text_config()
+    cap = getattr(text, "attn_logit_softcapping", None)
+    if cap and text._attn_implementation == "sdpa":
+        return (
+            f"in this version of transformers sdpa leaves out its attn_logit_softcapping = {cap}; "
+            'load it with attn_implementation="eager"'
+        )
+    return "score it without a cache, and please report the model"
+
+
 def fingerprint(model: Any) -> tuple[Any, ...]:
     """Return what a prefix depends on besides its tokens."""
     inner = inner_model(model)
