@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from pskv import PrefixScorer
-from pskv.graphs import Graphs, _Trial, rounded
+from pskv.graphs import Graphs, _settings, _Trial, rounded
 from shared_kernels.ops.prefix_attention import FixedLayout
 from shared_kernels.testing.models import tiny_model
 
@@ -92,6 +92,35 @@ def test_padding_sees_itself_alone_and_adds_an_eighth_at_most():
 
 def test_a_cpu_and_a_deterministic_scorer_record_nothing():
     assert not PrefixScorer(tiny_model("llama"))._passes.graphs.enabled
+
+
+def test_what_keeps_a_pass_from_its_recording():
+    model = tiny_model("llama")
+    graphs = Graphs(model, enabled=True)
+    assert not graphs.wants("key")
+    # stands for a recording
+    graphs._recordings["key", *_settings()] = None
+    assert graphs.wants("key")
+    assert not Graphs(model, enabled=False).wants("key")
+    for handle in (
+        model.model.layers[1].mlp.register_forward_hook(lambda *a: None),
+        model.register_forward_pre_hook(lambda *a: None),
+        torch.nn.modules.module.register_module_forward_hook(lambda *a: None),
+    ):
+        assert not graphs.wants("key")
+        handle.remove()
+    try:
+        torch.set_autocast_enabled("cuda", True)
+        assert not graphs.wants("key")
+        torch.set_autocast_enabled("cuda", False)
+        torch.set_float32_matmul_precision("high")
+        assert not graphs.wants("key")
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+        torch.set_float32_matmul_precision("highest")
+    assert graphs.wants("key")
+    graphs.clear()
+    assert not graphs.wants("key")
 
 
 # -- on a GPU ------------------------------------------------------------------------------------

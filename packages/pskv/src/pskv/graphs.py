@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from shared_kernels.ops.prefix_attention import FixedLayout, PrefixLayout
+from torch.nn.modules import module as nn_module
+
+from pskv import support
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
@@ -31,6 +34,15 @@ def rounded(tokens: int) -> int:
     """Return the number of tokens that a recorded pass is padded to: at most an eighth more."""
     step = max(8, 1 << max(0, tokens.bit_length() - 4))
     return -(-tokens // step) * step
+
+
+def _settings() -> tuple[Any, ...]:
+    """Return the settings of torch that decide which kernels a pass takes."""
+    autocast = torch.is_autocast_enabled("cuda")
+    return (
+        torch.get_autocast_dtype("cuda") if autocast else None,
+        torch.get_float32_matmul_precision(),
+    )
 
 
 @dataclass
@@ -84,11 +96,14 @@ class Graphs:
         """Tell whether a pass of this kind has been recorded or should be."""
         if not self.enabled:
             return False
+        key = (key, *_settings())
         if key not in self._recordings:
             trials = self._trials.get(key, [])
             if len(trials) < _TRIALS or not trials[-1].bound_by_host():
                 return False
-        return not any(m._forward_hooks or m._forward_pre_hooks for m in self.model.modules())
+        if nn_module._has_any_global_hook():
+            return False
+        return not any(m._forward_hooks or m._forward_pre_hooks for m in support.walk(self.model))
 
     def timed(self, key: Hashable, forward: Callable[[], Tensor]) -> Tensor:
         """Run a pass as it is, and take note of whether it waits for the host."""
@@ -100,6 +115,7 @@ class Graphs:
         output = forward()
         host = time.perf_counter() - start
         end.record()
+        key = (key, *_settings())
         trials = self._trials.setdefault(key, [])
         trials[:] = [*trials[1 - _TRIALS :], _Trial(host, begin, end)]
         self._trials.move_to_end(key)
@@ -121,6 +137,7 @@ class Graphs:
         Returns:
             What ``forward`` does, valid until the next pass.
         """
+        key = (key, *_settings())
         recording = self._recordings.get(key)
         if recording is None or not recording.replay(inputs, layout):
             recording = self._record(inputs, layout, forward)

@@ -60,7 +60,9 @@ class Passes:
         self.backend = check_backend(backend, self.device)
         self.auto = AutoBackend(self.device, deterministic=deterministic)
         self.micro = MicroBatch.make(micro_batch, self.device)
-        records = cuda_graphs and not deterministic and self.device.type == "cuda"
+        # a graph belongs to one device
+        alone = {p.device for p in model.parameters()} == {self.device}
+        records = cuda_graphs and not deterministic and self.device.type == "cuda" and alone
         self.graphs = Graphs(model, enabled=records)
 
     def tensor(self, array: np.ndarray) -> Tensor:

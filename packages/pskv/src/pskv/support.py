@@ -131,17 +131,19 @@ def remedy(model: Any) -> str:
     return "score it without a cache, and please report the model"
 
 
+def walk(model: Any) -> list[Any]:
+    """Return all modules; for what every score asks, many times as fast as ``modules()``."""
+    found = [model]
+    # the list grows while it is walked
+    for module in found:
+        found += [child for child in module.__dict__["_modules"].values() if child is not None]
+    return found
+
+
 def fingerprint(model: Any) -> tuple[Any, ...]:
     """Return what a prefix depends on besides its tokens."""
     inner = inner_model(model)
-    # called for every score, hence no model.parameters(), which takes three times as long
-    held: list[Any] = []
-    modules: list[Any] = [model]
-    for module in modules:
-        if module is not None:
-            parts = module.__dict__
-            held.extend(parts["_parameters"].values())
-            modules.extend(parts["_modules"].values())
+    held = [p for module in walk(model) for p in module.__dict__["_parameters"].values()]
     weights = tuple((p.data_ptr(), p._version) for p in held if p is not None)
     adapters = None
     if _adapters(model):
