@@ -136,14 +136,14 @@ def walk(model: Any) -> list[Any]:
     found = [model]
     # the list grows while it is walked
     for module in found:
-        found += [child for child in module.__dict__["_modules"].values() if child is not None]
+        found += [child for child in module._modules.values() if child is not None]
     return found
 
 
 def fingerprint(model: Any) -> tuple[Any, ...]:
     """Return what a prefix depends on besides its tokens."""
     inner = inner_model(model)
-    held = [p for module in walk(model) for p in module.__dict__["_parameters"].values()]
+    held = [p for module in walk(model) for p in module._parameters.values()]
     weights = tuple((p.data_ptr(), p._version) for p in held if p is not None)
     adapters = None
     if _adapters(model):
