@@ -35,7 +35,7 @@ def settings():
 
 
 def config(**options):
-    options = {"num_steps": 3, "search_width": 12, "topk": 32, "seed": 7, "verbosity": "ERROR",
+    options = {"num_steps": 2, "search_width": 12, "topk": 32, "seed": 7, "verbosity": "ERROR",
                "optim_str_init": "x x x x x x", "use_prefix_cache": False, **options}  # fmt: skip
     return nanogcg.GCGConfig(**options)
 
