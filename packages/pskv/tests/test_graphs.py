@@ -62,7 +62,7 @@ def test_what_a_recording_reads_is_in_its_key_and_inputs(family, backend):
     if torch.cuda.is_available():
         pytest.skip("the kernels are compiled for the GPU in this process")
     plain, recorded, prefixes = scorers(family, backend, "cpu", plain="split")
-    recorded._passes.graphs = Emulated(recorded.model, enabled=True)
+    recorded._passes.graphs = Emulated(recorded.model, torch.device("cpu"), enabled=True)
     assert_same(plain, recorded, prefixes, 3, suffix=4)
     graphs = recorded._passes.graphs
     assert graphs.replayed == 3
@@ -95,12 +95,12 @@ def test_a_cpu_and_a_deterministic_scorer_record_nothing():
 
 def test_what_keeps_a_pass_from_its_recording():
     model = tiny_model("llama")
-    graphs = Graphs(model, enabled=True)
+    graphs = Graphs(model, torch.device("cpu"), enabled=True)
     assert not graphs.wants("key")
     # stands for a recording
     graphs._recordings["key", *_settings()] = None
     assert graphs.wants("key")
-    assert not Graphs(model, enabled=False).wants("key")
+    assert not Graphs(model, graphs.device, enabled=False).wants("key")
     for handle in (
         model.model.layers[1].mlp.register_forward_hook(lambda *a: None),
         model.register_forward_pre_hook(lambda *a: None),

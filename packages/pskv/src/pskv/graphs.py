@@ -81,11 +81,12 @@ class Graphs:
 
     Args:
         model: The model that passes go through.
+        device: Where all of it is, if anything is recorded.
         enabled: Whether to record at all.
     """
 
-    def __init__(self, model: Any, *, enabled: bool) -> None:
-        self.model, self.enabled = model, enabled
+    def __init__(self, model: Any, device: torch.device, *, enabled: bool) -> None:
+        self.model, self.device, self.enabled = model, device, enabled
         self._recordings: OrderedDict[Hashable, _Recording] = OrderedDict()
         self._trials: OrderedDict[Hashable, list[_Trial]] = OrderedDict()
         self._pool: Any = None
@@ -109,12 +110,14 @@ class Graphs:
         """Run a pass as it is, and take note of whether it waits for the host."""
         if not self.enabled:
             return forward()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        start = time.perf_counter()
-        output = forward()
-        host = time.perf_counter() - start
-        end.record()
+        # events and recordings belong to the current device, whatever the model's is
+        with torch.cuda.device(self.device):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            start = time.perf_counter()
+            output = forward()
+            host = time.perf_counter() - start
+            end.record()
         key = (key, *_settings())
         trials = self._trials.setdefault(key, [])
         trials[:] = [*trials[1 - _TRIALS :], _Trial(host, begin, end)]
@@ -139,14 +142,15 @@ class Graphs:
         """
         key = (key, *_settings())
         recording = self._recordings.get(key)
-        if recording is None or not recording.replay(inputs, layout):
-            recording = self._record(inputs, layout, forward)
-            if recording is None:
-                return None
-            self._recordings[key] = recording
-            if len(self._recordings) > _MOST_RECORDINGS:
-                self._recordings.popitem(last=False)
-            recording.graph.replay()
+        with torch.cuda.device(self.device):
+            if recording is None or not recording.replay(inputs, layout):
+                recording = self._record(inputs, layout, forward)
+                if recording is None:
+                    return None
+                self._recordings[key] = recording
+                if len(self._recordings) > _MOST_RECORDINGS:
+                    self._recordings.popitem(last=False)
+                recording.graph.replay()
         self._recordings.move_to_end(key)
         self.replayed += 1
         return recording.output

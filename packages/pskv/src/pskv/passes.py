@@ -63,7 +63,7 @@ class Passes:
         # a graph belongs to one device
         alone = {p.device for p in model.parameters()} == {self.device}
         records = cuda_graphs and not deterministic and self.device.type == "cuda" and alone
-        self.graphs = Graphs(model, enabled=records)
+        self.graphs = Graphs(model, self.device, enabled=records)
 
     def tensor(self, array: np.ndarray) -> Tensor:
         """Copy an array to the device without waiting for it."""
