@@ -12,6 +12,8 @@ from torch.nn.functional import cross_entropy
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import numpy as np
+
     from pskv.passes import Passes
     from pskv.prefix import SharedPrefix
 
@@ -55,6 +57,26 @@ def embedding_gradient(
             loss = objective(logits, wanted)
         (gradient,) = torch.autograd.grad(loss, leaf)
     return gradient
+
+
+def token_gradient(
+    passes: Passes,
+    prefix: SharedPrefix,
+    row: np.ndarray,
+    suffix: int,
+    targets: int,
+    objective: str | Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """Return the gradient ``(s, V)`` by the choice of a row's first ``suffix`` tokens.
+
+    Its last ``targets`` tokens are the targets.
+    """
+    ids = passes.tensor(row)
+    with torch.no_grad():
+        embeds = passes.inner.get_input_embeddings()(ids[None])[0]
+    last = ids[len(ids) - targets :]
+    gradient = embedding_gradient(passes, prefix, embeds[:suffix], embeds[suffix:], last, objective)
+    return by_token(passes, gradient)
 
 
 @torch.no_grad()

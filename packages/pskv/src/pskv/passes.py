@@ -290,7 +290,9 @@ class Passes:
             ids, places = self.tensor(both)[:, None]
             return [ids if table is None else table[ids], places]
 
-        size, deep = rounded(count), max(map(len, packed.segments))
+        # padding is no reason to pass more tokens at a time than memory or the user allows
+        size = min(rounded(count), max(count, self.micro.tokens))
+        deep = max(map(len, packed.segments))
         key = ("packed", impl, size, deep, table is None, shared.fingerprint, *shared.addresses())
         # the probe's own call is to be seen to run, and split has shapes of its own every time
         if call is None and impl == "triton" and self.graphs.wants(key):

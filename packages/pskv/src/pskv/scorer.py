@@ -17,7 +17,7 @@ from pskv.embeddings import number_vectors
 from pskv.encoding import Encoder, as_row
 from pskv.errors import StalePrefixError
 from pskv.generation import check_options, generate
-from pskv.gradient import by_token, embedding_gradient
+from pskv.gradient import by_token, embedding_gradient, token_gradient
 from pskv.output import ScoreOutput
 from pskv.passes import Passes
 from pskv.prefix import PrefixCache, SharedPrefix
@@ -346,14 +346,9 @@ class PrefixScorer:
             row = np.concatenate(parts)
             first = len(row) - len(parts[2])
             self._check(prefix, [row], np.array([first], dtype=np.int64))
-            with torch.no_grad():
-                embeds = self._passes.inner.get_input_embeddings()(self._passes.tensor(row)[None])
-            count = len(parts[0])
-            gradient = embedding_gradient(
-                self._passes, prefix, embeds[0, :count], embeds[0, count:],
-                self._passes.tensor(parts[2]), objective,
-            )  # fmt: skip
-            return by_token(self._passes, gradient)
+            return token_gradient(
+                self._passes, prefix, row, len(parts[0]), len(parts[2]), objective
+            )
 
     def embedding_gradient(
         self,
