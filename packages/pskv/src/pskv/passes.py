@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from shared_kernels.models import Head
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -17,7 +18,6 @@ from pskv.attention import NAME, PackedCall, attention_of, configs_of
 from pskv.backends import AutoBackend, check_backend
 from pskv.batching import MicroBatch, attempt
 from pskv.graphs import Graphs, rounded
-from pskv.head import Head
 from pskv.planner import PackedLayout, pack, plan, sort_rows
 from pskv.work import Work, groups, targets_of
 

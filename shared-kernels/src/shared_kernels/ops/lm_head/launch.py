@@ -7,6 +7,7 @@ from torch import Tensor
 
 from shared_kernels._library import interpreting
 from shared_kernels.errors import KernelUnavailableError
+from shared_kernels.ops.lm_head import reference
 from shared_kernels.ops.lm_head.reference import empty_results, finish
 
 #: Rows and elements of a block of logits: large enough for the matrix library, 128 MB in float32.
@@ -108,5 +109,86 @@ def linear_logprob(
     logprob -= lse[rows]
     top_values -= lse[:, None]
     if entropy:
-        torch.sub(lse, moment / total, out=entropies)
+        torch.sub(total.log(), moment / total, out=entropies)
     return results
+
+
+#: Rows, tokens and width of a tile of the fused kernel, its stages and warps, and the programs
+#: that make a device busy.
+TILE: Final = (128, 256, 64)
+STAGES: Final = 3
+WARPS: Final = 8
+#: A part of the head has as many tiles as these at least.
+FEWEST_TILES: Final = 4
+
+
+def _splits(rows: int, tiles: int, processors: int) -> int:
+    """Return into how many parts the head is cut: as many as fill the processors evenly."""
+    most = max(1, min(tiles // FEWEST_TILES, 4 * processors))
+    waves = [(-(-rows * n // processors) / n, n) for n in range(1, most + 1)]
+    best = min(cost for cost, _ in waves)
+    return next(n for cost, n in waves if cost <= 1.02 * best)
+
+
+def linear_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Compute what `reference.linear_entropy` defines.
+
+    One kernel multiplies 16-bit states and keeps three sums of each row; float32 ones, whose
+    products it could not make at the matrix library's speed, go through blocks of logits.
+    """
+    if (reason := unsupported(hidden)) is not None:
+        raise KernelUnavailableError(f"impl='triton' cannot run: {reason}; use impl='reference'")
+    if hidden.dtype == torch.float32 and not interpreting():
+        none = torch.empty(0, dtype=torch.int64, device=hidden.device)
+        found = linear_logprob(hidden, weight, none, none, bias, scale, softcap, True, 0)
+        return found[3], found[1]
+    from shared_kernels.ops.lm_head import triton as kernels
+
+    count, width = hidden.shape
+    vocabulary = weight.shape[0]
+    if not count:
+        empty = hidden.new_empty(0, dtype=torch.float32)
+        return empty, empty.clone()
+    # rows in one piece: the kernel reads along them
+    hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
+    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    m, n, k = (16, 32, 16) if interpreting() else TILE
+    if not interpreting() and count <= 64:
+        m = 64
+    blocks, tiles = -(-count // m), -(-vocabulary // n)
+    processors = (
+        torch.cuda.get_device_properties(hidden.device).multi_processor_count
+        if hidden.is_cuda else 2
+    )  # fmt: skip
+    splits = _splits(blocks, tiles, processors)
+    state = hidden.new_empty(splits, 3, count, dtype=torch.float32)
+    kernel: Any = kernels.entropy_kernel
+    with torch.cuda.device_of(hidden):
+        kernel[(blocks, splits)](
+            hidden,
+            weight,
+            bias,
+            state,
+            count,
+            vocabulary,
+            width,
+            -(-tiles // splits),
+            hidden.stride(0),
+            weight.stride(0),
+            scale,
+            0.0 if softcap is None else softcap,
+            SOFTCAP=softcap is not None,
+            EVEN=width % k == 0,
+            M=m,
+            N=n,
+            K=k,
+            num_warps=WARPS,
+            num_stages=STAGES,
+        )
+    return reference.merge_entropy(*state.unbind(1))

@@ -34,6 +34,48 @@ def empty_results(hidden: Tensor, targets: Tensor, top_k: int) -> tuple[Tensor, 
     )
 
 
+def entropy_of(logprobs: Tensor) -> Tensor:
+    """Return ``-sum_v p_v log p_v`` of each row; what is impossible counts nothing."""
+    p = logprobs.exp()
+    return -torch.where(p == 0, 0.0, p * logprobs).sum(-1)
+
+
+def merge_entropy(peak: Tensor, total: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
+    """Return entropy and log-sum-exp of sums over parts ``(P, N)`` of the vocabulary.
+
+    A part has ``s = sum e^(z - m)`` and ``u = sum (z - m) e^(z - m)``; with ``d = m_part - m``,
+    ``s = sum s_part e^d``, ``u = sum e^d (u_part + d s_part)`` and ``H = log s - u / s``.
+    """
+    highest = peak.amax(0)
+    # a part without a possible token adds nothing
+    shift = torch.where(peak == float("-inf"), 0.0, peak - highest)
+    shrink = torch.where(peak == float("-inf"), 0.0, shift.exp())
+    whole = (total * shrink).sum(0)
+    centred = (shrink * (moment + shift * total)).sum(0)
+    return whole.log() - centred / whole, highest + whole.log()
+
+
+def linear_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Compute the logits of some rows at a time: ``H = -sum_v p_v log p_v``, ``lse``."""
+    dtype = accumulate_dtype(hidden.dtype)
+    matrix = weight.to(dtype).T
+    entropies = hidden.new_empty(hidden.shape[0], dtype=dtype)
+    lse = torch.empty_like(entropies)
+    step = max(1, BLOCK_ELEMENTS // max(1, weight.shape[0]))
+    for low in range(0, hidden.shape[0], step):
+        part = slice(low, low + step)
+        logits = finish(hidden[part].to(dtype) @ matrix, bias, scale, softcap)
+        lse[part] = total = logits.logsumexp(-1)
+        entropies[part] = entropy_of(logits - total[:, None])
+    return entropies, lse
+
+
 def linear_logprob(
     hidden: Tensor,
     weight: Tensor,
@@ -66,5 +108,5 @@ def linear_logprob(
             values, top_indices[part] = logits.topk(top_k)
             top_values[part] = values - total[:, None]
         if entropy:
-            entropies[part] = total - ((logits - total[:, None]).exp() * logits).sum(-1)
+            entropies[part] = entropy_of(logits - total[:, None])
     return results

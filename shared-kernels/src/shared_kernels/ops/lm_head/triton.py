@@ -43,7 +43,8 @@ def logits_kernel(
     """Take the products of one row with the head's rows ``first .. first + width`` into its state.
 
     The state of a row is the largest logit, its place, and the sums of ``e^(z - peak)`` and of
-    ``e^(z - peak) z`` (the latter with ENTROPY). The row's targets in the block are picked.
+    ``e^(z - peak) (z - peak)`` (the latter with ENTROPY). The row's targets in the block are
+    picked.
     """
     row = tl.program_id(0).to(tl.int64)
     state = row0 + row
@@ -65,9 +66,11 @@ def logits_kernel(
         safe = tl.where(higher == float("-inf"), 0.0, higher)
         p = tl.exp2((z - safe) * _LOG2E)
         shrink = tl.exp2((peak - safe) * _LOG2E)
-        total = total * shrink + tl.sum(p, 0)
         if ENTROPY:
-            moment = moment * shrink + tl.sum(tl.where(p > 0, p * z, 0.0), 0)
+            shift = tl.where(peak == float("-inf"), 0.0, peak - safe)
+            moment = (moment + shift * total) * shrink
+            moment += tl.sum(tl.where(p > 0, p * (z - safe), 0.0), 0)
+        total = total * shrink + tl.sum(p, 0)
         peak = higher
     tl.store(peak_ptr + state, peak)
     tl.store(argmax_ptr + state, argmax)
@@ -80,3 +83,67 @@ def logits_kernel(
         z = tl.load(logits_ptr + column, mask=inside, other=0.0)
         z = _finish(z, first + column, bias_ptr, inside, scale, softcap, SOFTCAP)
         tl.store(target_ptr + target, z, mask=inside)
+
+
+@triton.jit(do_not_specialize=["count", "vocabulary", "tiles", "scale", "softcap"])
+def entropy_kernel(
+    hidden_ptr,
+    weight_ptr,
+    bias_ptr,
+    state_ptr,
+    count,
+    vocabulary,
+    width,
+    tiles,
+    hidden_stride,
+    weight_stride,
+    scale,
+    softcap,
+    SOFTCAP: tl.constexpr,
+    EVEN: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+):
+    """Multiply M rows with ``tiles`` tiles of N rows of the head, and keep their sums only.
+
+    Program (i, j) takes the j-th part of the head; its (peak, total, moment) of each row goes to
+    ``state (splits, 3, count)``. EVEN: the width is a multiple of K.
+    """
+    row = tl.program_id(0) * M + tl.arange(0, M)
+    split = tl.program_id(1)
+    here = row < count
+    k = tl.arange(0, K)
+    hidden_ptr += tl.where(here, row, 0).to(tl.int64)[:, None] * hidden_stride + k[None, :]
+    peak = tl.full((M,), float("-inf"), tl.float32)
+    total = tl.zeros((M,), tl.float32)
+    moment = tl.zeros((M,), tl.float32)
+    for tile in range(split * tiles, (split + 1) * tiles):
+        token = tile * N + tl.arange(0, N)
+        known = token < vocabulary
+        places = tl.where(known, token, 0).to(tl.int64)[None, :] * weight_stride + k[:, None]
+        z = tl.zeros((M, N), tl.float32)
+        for low in range(0, width, K):
+            if EVEN:
+                a = tl.load(hidden_ptr + low)
+                b = tl.load(weight_ptr + places + low)
+            else:
+                inside = low + k < width
+                a = tl.load(hidden_ptr + low, mask=inside[None, :], other=0.0)
+                b = tl.load(weight_ptr + places + low, mask=inside[:, None], other=0.0)
+            z = tl.dot(a, b, z, input_precision="ieee")
+        z = _finish(z, token[None, :], bias_ptr, known[None, :], scale, softcap, SOFTCAP)
+        z = tl.where(known[None, :], z, float("-inf"))
+        higher = tl.maximum(peak, tl.max(z, 1))
+        safe = tl.where(higher == float("-inf"), 0.0, higher)
+        z -= safe[:, None]
+        p = tl.exp2(z * _LOG2E)
+        shift = tl.where(peak == float("-inf"), 0.0, peak - safe)
+        shrink = tl.exp2((peak - safe) * _LOG2E)
+        moment = (moment + shift * total) * shrink + tl.sum(tl.where(p > 0, p * z, 0.0), 1)
+        total = total * shrink + tl.sum(p, 1)
+        peak = higher
+    state_ptr += split.to(tl.int64) * 3 * count + row
+    tl.store(state_ptr, peak, mask=here)
+    tl.store(state_ptr + count, total, mask=here)
+    tl.store(state_ptr + 2 * count, moment, mask=here)

@@ -1,0 +1,5 @@
+"""What must be known of a transformers model from outside."""
+
+from shared_kernels.models.head import Head
+
+__all__ = ["Head"]
