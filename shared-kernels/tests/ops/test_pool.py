@@ -167,6 +167,7 @@ def test_steps_are_the_mean_at_once(kernel_device, impl):
     assert not features[2].any()
 
 
+@pytest.mark.gpu
 def test_a_step_in_a_graph(cuda):
     draw, head, prompt, features = make_step(device=cuda, dtype=torch.bfloat16, width=576)
     state = PoolState.empty(5, 576, device=cuda)

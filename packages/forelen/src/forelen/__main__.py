@@ -1,0 +1,7 @@
+"""``python -m forelen``: the command line."""
+
+import sys
+
+from forelen.cli import main
+
+sys.exit(main())

@@ -1,0 +1,28 @@
+"""What to do with a predicted length: which answers to make together, and which first."""
+
+from forelen.schedule.batching import LengthAwareBatchSampler, padding_ratio, plan_batches
+from forelen.schedule.priority import gittins_index, priority
+from forelen.schedule.simulator import Outcome, Trace, simulate
+from forelen.schedule.transformers_cb import (
+    LengthTable,
+    check_live,
+    generate_batch,
+    register_transformers_schedulers,
+    scheduled,
+)
+
+__all__ = [
+    "LengthAwareBatchSampler",
+    "LengthTable",
+    "Outcome",
+    "Trace",
+    "check_live",
+    "generate_batch",
+    "gittins_index",
+    "padding_ratio",
+    "plan_batches",
+    "priority",
+    "register_transformers_schedulers",
+    "scheduled",
+    "simulate",
+]

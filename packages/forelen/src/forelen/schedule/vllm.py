@@ -1,0 +1,56 @@
+"""Priorities for vLLM's ``--scheduling-policy priority``, whose lowest number goes first."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from shared_kernels._checks import message
+
+from forelen.schedule.priority import priority
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from forelen.distribution import LengthDistribution
+
+
+def generate(
+    llm: Any,
+    prompts: Sequence[Any],
+    found: LengthDistribution,
+    sampling_params: Any = None,
+    *,
+    objective: str = "latency",
+    aging: float = 20.0,
+    **options: Any,
+) -> list[Any]:
+    """Answer prompts with ``LLM.generate(..., priority=...)``.
+
+    A priority is sent once and holds while a request waits. Predictions come from a model that
+    transformers runs, the same one or a smaller one.
+
+    Args:
+        llm: ``vllm.LLM(..., scheduling_policy="priority")``.
+        prompts: As vLLM takes them.
+        found: The predicted length of each answer.
+        sampling_params: Of vLLM.
+        objective: ``latency``: shortest first; ``makespan``: longest first.
+        aging: Tokens that a second of waiting makes up for.
+        **options: Of ``LLM.generate``.
+
+    Raises:
+        ValueError: The engine ignores priorities, or there is not one prediction for each prompt.
+    """
+    if len(prompts) != len(found):
+        remedy = "predict each prompt once"
+        raise ValueError(message("found", f"{len(prompts)} rows", len(found), remedy))
+    engine = getattr(llm, "llm_engine", None)
+    config = getattr(getattr(engine, "vllm_config", None), "scheduler_config", None)
+    policy = getattr(config, "policy", None)
+    if policy != "priority":
+        remedy = 'make it by LLM(..., scheduling_policy="priority")'
+        raise ValueError(message("llm", "an engine that schedules by priority", policy, remedy))
+    arrival = np.zeros(len(prompts))
+    values = priority(found, arrival, aging=aging, objective=objective).tolist()
+    return llm.generate(prompts, sampling_params, priority=values, **options)

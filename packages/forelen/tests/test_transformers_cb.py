@@ -1,0 +1,191 @@
+"""Continuous batching of transformers: our scheduler runs, and starts answers in our order."""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+from forelen import Bins, LengthDistribution
+from forelen.schedule import (
+    LengthTable,
+    check_live,
+    generate_batch,
+    register_transformers_schedulers,
+    scheduled,
+)
+from forelen.schedule.transformers_cb import SCHEDULERS, SchedulerError
+from forelen.schedule.vllm import generate as vllm_generate
+from shared_kernels.testing.models import tiny_model
+
+BINS = Bins(tuple(map(float, range(65))))
+
+
+def points(lengths):
+    return LengthDistribution(torch.eye(64).double()[torch.tensor(lengths) - 1], BINS)
+
+
+class Cache:
+    use_prefix_sharing = False
+
+    def free_blocks(self, request):
+        """Nothing to free."""
+
+
+def make(name, table):
+    from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING
+
+    with scheduled(table):
+        return SCHEDULER_MAPPING[name](Cache(), 0.0, 8)
+
+
+def request(number, ids, created):
+    from transformers.generation.continuous_batching.requests import RequestState
+
+    state = RequestState(request_id=f"r{number}", initial_tokens=list(ids))
+    state.created_time = created
+    return state
+
+
+def waiting(scheduler):
+    return [state.request_id for state in scheduler._get_waiting_candidates()]
+
+
+def test_the_order():
+    lengths = [30, 5, 60, 12]
+    prompts = [[1, n] for n in range(4)]
+    orders = {"forelen_sjf": [1, 3, 0, 2], "forelen_lpt": [2, 0, 3, 1]}
+    orders["forelen_gittins"] = orders["forelen_sjf"]
+    for name, order in orders.items():
+        table = LengthTable(aging=10.0)
+        table.put(prompts, points(lengths))
+        scheduler = make(name, table)
+        assert table.live == [name]
+        for number, ids in enumerate(prompts):
+            scheduler.add_waiting_request(request(number, ids, 0.0))
+        assert waiting(scheduler) == [f"r{n}" for n in order]
+
+
+def test_ageing_is_bounded():
+    """Nobody is passed by one that comes more than ``(longest - its length) / aging`` later."""
+    table = LengthTable(aging=10.0)
+    table.put([[1], [2]], points([60, 5]))
+    scheduler = make("forelen_sjf", table)
+    scheduler.add_waiting_request(request(0, [1], 0.0))
+    for number, created in enumerate((1.0, 5.4, 5.6, 9.0), 1):
+        scheduler.add_waiting_request(request(number, [2], created))
+    assert waiting(scheduler) == ["r1", "r2", "r0", "r3", "r4"]
+    with pytest.raises(ValueError, match="aging"):
+        LengthTable(aging=0.0)
+
+
+def test_unknown_requests():
+    table = LengthTable(aging=1e-6)
+    scheduler = make("forelen_sjf", table)
+    for number in range(4):
+        scheduler.add_waiting_request(request(number, [number], float(number)))
+    assert waiting(scheduler) == ["r0", "r1", "r2", "r3"]
+    table.put([[1], [2]], points([10, 50]))
+    for number, ids in ((5, [2]), (6, [9]), (7, [1])):
+        scheduler.add_waiting_request(request(number, ids, 9.0))
+    assert waiting(scheduler)[-3:] == ["r7", "r6", "r5"]
+
+
+def test_an_index_that_sees_more_than_a_mean():
+    """Either very short or long has the larger mean and goes first by Gittins' index."""
+    pmf = torch.zeros(2, 64).double()
+    pmf[0, [0, 63]] = 0.5
+    pmf[1, 24] = 1.0
+    table = LengthTable()
+    table.put([[1], [2]], LengthDistribution(pmf, BINS))
+    for name, order in (("forelen_sjf", ["r2", "r1"]), ("forelen_gittins", ["r1", "r2"])):
+        scheduler = make(name, table)
+        for number in (1, 2):
+            scheduler.add_waiting_request(request(number, [number], 0.0))
+        assert waiting(scheduler) == order
+
+
+def test_another_scheduler_is_noticed():
+    register_transformers_schedulers()
+    from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING
+
+    assert set(SCHEDULERS) < set(SCHEDULER_MAPPING)
+
+    class Manager:
+        class batch_processor:
+            scheduler = SCHEDULER_MAPPING["fifo"](Cache(), 0.0, 8)
+
+    with pytest.raises(SchedulerError, match="found FIFOScheduler"):
+        check_live(Manager(), "forelen_sjf")
+    Manager.batch_processor.scheduler = make("forelen_sjf", LengthTable())
+    check_live(Manager(), "forelen_sjf")
+    with pytest.raises(SchedulerError, match="forelen_lpt"):
+        check_live(Manager(), "forelen_lpt")
+    with scheduled(LengthTable()), pytest.raises(SchedulerError, match="another table"):
+        with scheduled(LengthTable()):
+            pass
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("objective", ["makespan", "latency"])
+def test_answers_start_in_order_on_a_gpu(cuda, objective):
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+
+    model = tiny_model("llama", dtype=torch.bfloat16).to(cuda)
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(3, 96, (12, 6), generator=generator).tolist()
+    lengths = np.random.default_rng(0).permutation(np.arange(4, 64, 5)).tolist()
+    config = ContinuousBatchingConfig(max_requests_per_batch=2)
+    generation = GenerationConfig(
+        max_new_tokens=8, do_sample=False, eos_token_id=-1, pad_token_id=0
+    )
+    plain = model.generate_batch(inputs=prompts, generation_config=generation)
+    found = generate_batch(
+        model, prompts, points(lengths), objective=objective, continuous_batching_config=config,
+        generation_config=generation,
+    )  # fmt: skip
+    outputs = sorted(found.values(), key=lambda output: output.lifespan[0])
+    by_prompt = {tuple(ids): length for ids, length in zip(prompts, lengths, strict=True)}
+    started = [by_prompt[tuple(output.prompt_ids)] for output in outputs]
+    assert started == sorted(lengths, reverse=objective == "makespan")
+    answers = {tuple(o.prompt_ids): o.generated_tokens for o in found.values()}
+    for output in plain.values():
+        assert answers[tuple(output.prompt_ids)] == output.generated_tokens
+
+
+class Engine:
+    """Takes what vLLM's engine does, and remembers it."""
+
+    def __init__(self, policy):
+        self.llm_engine = type("E", (), {})()
+        self.llm_engine.vllm_config = type("C", (), {})()
+        self.llm_engine.vllm_config.scheduler_config = type("S", (), {"policy": policy})()
+
+    def generate(self, prompts, sampling_params, priority):
+        self.priority = priority
+        return prompts
+
+
+def test_priorities_for_vllm():
+    engine = Engine("priority")
+    assert vllm_generate(engine, ["a", "b", "c"], points([30, 5, 60])) == ["a", "b", "c"]
+    assert engine.priority == [30, 5, 60]
+    vllm_generate(engine, ["a", "b"], points([30, 5]), objective="makespan")
+    assert engine.priority == [-30, -5]
+    with pytest.raises(ValueError, match="scheduling_policy"):
+        vllm_generate(Engine("fcfs"), ["a"], points([3]))
+    with pytest.raises(ValueError, match="2 rows"):
+        vllm_generate(engine, ["a", "b"], points([3]))
+
+
+def test_tables_are_filled_fast_enough():
+    """A thousand requests are placed in less time than a step of a model takes."""
+    table = LengthTable()
+    prompts = [[n] for n in range(1000)]
+    table.put(prompts, points([1 + n % 64 for n in range(1000)]))
+    scheduler = make("forelen_sjf", table)
+    began = time.perf_counter()
+    for number, ids in enumerate(prompts):
+        scheduler.add_waiting_request(request(number, ids, 0.0))
+    assert (time.perf_counter() - began) / 1000 < 5e-3
+    with pytest.raises(ValueError, match="found"):
+        table.put(prompts, points([1, 2]))
