@@ -1,5 +1,7 @@
 """A server's queue against a step-by-step loop, and what ageing does."""
 
+from itertools import chain, pairwise
+
 import numpy as np
 import pytest
 from forelen.schedule import LengthAwareBatchSampler, Trace, padding_ratio, plan_batches, simulate
@@ -100,15 +102,15 @@ def test_a_sampler_of_batches():
     sampler = LengthAwareBatchSampler(law, 8)
     batches = list(DataLoader(list(range(60)), batch_sampler=sampler, collate_fn=list))
     assert len(sampler) == len(batches) == 8
-    assert sorted(sum(batches, [])) == list(range(60))
+    assert sorted(chain.from_iterable(batches)) == list(range(60))
     plain = [list(range(low, min(60, low + 8))) for low in range(0, 60, 8)]
     assert padding_ratio(batches, lengths) < 0.5 * padding_ratio(plain, lengths)
     windows = list(LengthAwareBatchSampler(law, 8, window=20))
     assert all(max(batch) // 20 == min(batch) // 20 for batch in windows)
-    assert sorted(sum(windows, [])) == list(range(60))
+    assert sorted(chain.from_iterable(windows)) == list(range(60))
     budget = plan_batches(law, 60, token_budget=300)
     assert all(len(b) == 1 or len(b) * lengths[b].max() <= 300 for b in budget)
-    assert sorted(sum(budget, [])) == list(range(60))
+    assert sorted(chain.from_iterable(budget)) == list(range(60))
     # fewest batches that the budget allows: longest first, one could not be filled further
-    for first, second in zip(budget, budget[1:], strict=False):
+    for first, second in pairwise(budget):
         assert (len(first) + len(second)) * lengths[first + second].max() > 300

