@@ -137,11 +137,14 @@ def test_answers_start_in_order_on_a_gpu(cuda, objective):
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(3, 96, (12, 6), generator=generator).tolist()
     lengths = np.random.default_rng(0).permutation(np.arange(4, 64, 5)).tolist()
-    config = ContinuousBatchingConfig(max_requests_per_batch=2)
+    config = ContinuousBatchingConfig(max_requests_per_batch=2, max_memory_percent=0.05)
     generation = GenerationConfig(
         max_new_tokens=8, do_sample=False, eos_token_id=-1, pad_token_id=0
     )
-    plain = model.generate_batch(inputs=prompts, generation_config=generation)
+    plain = model.generate_batch(
+        inputs=prompts, generation_config=generation,
+        continuous_batching_config=ContinuousBatchingConfig(max_memory_percent=0.05),
+    )  # fmt: skip
     found = generate_batch(
         model, prompts, points(lengths), objective=objective, continuous_batching_config=config,
         generation_config=generation,
