@@ -1,10 +1,10 @@
 """Continuous batching of transformers with and without predicted lengths, on one GPU.
 
 256 requests wait for 64 places. Lengths are those of real answers of SmolLM2-135M-Instruct to
-test prompts, replayed: a request ends after as many tokens as its answer had, which the scheduler does
-not see. It sees predictions of a predictor trained on other prompts (the store of the tour). Prompts
-are random tokens of the real number, and weights those of SmolLM2's shape at random: what is made
-does not matter, only when. ``shuffled`` gives each request another's prediction.
+test prompts, replayed: a request ends after as many tokens as its answer had, which the scheduler
+does not see. It sees predictions of a predictor trained on other prompts (the store of the tour).
+Prompts are random tokens of the real number, and weights those of SmolLM2's shape at random: what
+is made does not matter, only when. ``shuffled`` gives each request another's prediction.
 
 Run: ``python benchmarks/serving.py STORE OUT.json`` (with shared-kernels and forelen on the path).
 """
