@@ -1,6 +1,6 @@
 """Continuous batching of transformers with and without predicted lengths, on one GPU.
 
-256 requests wait for 64 places. Lengths are those of real answers of SmolLM2-135M-Instruct to
+64 requests wait for 16 places. Lengths are those of real answers of SmolLM2-135M-Instruct to
 test prompts, replayed: a request ends after as many tokens as its answer had, which the scheduler
 does not see. It sees predictions of a predictor trained on other prompts (the store of the tour).
 Prompts are random tokens of the real number, and weights those of SmolLM2's shape at random: what
@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-SLOTS, REQUESTS = 64, 256
+SLOTS, REQUESTS = 16, 64
 
 
 def model(device):
@@ -58,7 +58,7 @@ def serve(net, scheduler, prompts, lengths, law, aging):
 
     config = ContinuousBatchingConfig(
         scheduler_type=scheduler, max_requests_per_batch=SLOTS, allow_block_sharing=False,
-        max_batch_tokens=2048, num_blocks=512,
+        max_batch_tokens=1024, max_memory_percent=0.2,
     )  # fmt: skip
     generation = GenerationConfig(max_new_tokens=512, do_sample=False, eos_token_id=-1)
     table = LengthTable(aging=aging)
@@ -115,7 +115,7 @@ def main():
     rng = np.random.default_rng(0)
     arms = {
         "fifo": "fifo", "longest first": "forelen_lpt", "shortest first": "forelen_sjf",
-        "gittins": "forelen_gittins", "longest first, shuffled": "forelen_lpt",
+        "longest first, shuffled": "forelen_lpt",
         "longest first, true lengths": "forelen_lpt",
     }  # fmt: skip
     results = {name: [] for name in arms}

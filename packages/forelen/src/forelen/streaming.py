@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 #: Of what has been, in the moving average of the entropy.
 DECAY = 0.9
+#: Steps before one is recorded: kernels are compiled by then.
+_EAGER = 2
 
 
 class StepFeatures:
@@ -26,6 +29,8 @@ class StepFeatures:
 
     ``[g ; h ; s]`` of each row: the entropy-weighted mean of its states, the newest state, and
     log1p of its tokens, the entropy now, its moving average and the end token's log-probability.
+    On a GPU a step is recorded once and replayed, since its few small operations would take the
+    host longer than the device.
 
     Args:
         rows: B.
@@ -33,10 +38,20 @@ class StepFeatures:
         eos: End tokens.
         stops: Tokens whose reading shows that a row has ended; the end tokens and the padding.
         device: Of the states.
+        prompt: float ``(B, p)``, the prompts' share of a head's first layer.
+        head: The rest of the head, to predict with.
     """
 
     def __init__(
-        self, rows: int, width: int, *, eos: list[int], stops: list[int], device: torch.device
+        self,
+        rows: int,
+        width: int,
+        *,
+        eos: list[int],
+        stops: list[int],
+        device: torch.device,
+        prompt: Tensor | None = None,
+        head: StepHead | None = None,
     ) -> None:
         self.state = PoolState.empty(rows, width, device=device)
         self.features = torch.zeros(rows, 2 * width + 4, device=device)
@@ -44,38 +59,71 @@ class StepFeatures:
         self.active = torch.ones(rows, dtype=torch.bool, device=device)
         self.eos = torch.tensor(eos, dtype=torch.int64, device=device)
         self.stops = torch.tensor(stops, dtype=torch.int64, device=device)
+        self.prompt, self.head = prompt, head
         self.time = 0
-        # tokens of each answer that were read
+        # tokens that were read: of the longest answer, and of each
+        self.steps = torch.zeros((), dtype=torch.int64, device=device)
         self.counts = torch.zeros(rows, dtype=torch.int64, device=device)
         # answers whose end token was read
         self.complete = torch.zeros(rows, dtype=torch.bool, device=device)
+        self._recorded: dict[bool, Any] = {}
+        self._inputs: tuple[Tensor, ...] = ()
 
     def update(
-        self,
-        ids: Tensor,
-        hidden: Tensor,
-        logits: Tensor,
-        *,
-        prompt: Tensor | None = None,
-        head: StepHead | None = None,
+        self, ids: Tensor, hidden: Tensor, logits: Tensor, *, predict: bool = False
     ) -> Tensor | None:
-        """Read a token ``(B,)`` of each row; return what `plp_step` does."""
+        """Read a token ``(B,)`` of each row; return probabilities ``(B, K)`` if asked for.
+
+        They are overwritten by the next prediction.
+        """
         self.time += 1
+        if not hidden.is_cuda or self.time <= _EAGER:
+            return self._update(ids, hidden, logits, predict)
+        given = (ids, hidden, logits)
+        if not self._inputs:
+            self._inputs = tuple(torch.empty_like(t) for t in given)
+        for kept, new in zip(self._inputs, given, strict=True):
+            kept.copy_(new)
+        if predict not in self._recorded:
+            self._recorded[predict] = self._record(predict)
+        graph, probs = self._recorded[predict]
+        if graph is None:
+            return self._update(*self._inputs, predict)
+        graph.replay()
+        return probs
+
+    def _record(self, predict: bool) -> tuple[Any, Tensor | None]:
+        """Record a step, without doing it; (None, None) where that fails."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                probs = self._update(*self._inputs, predict)
+        except RuntimeError as error:
+            warnings.warn(
+                f"steps are not recorded as a CUDA graph, so watching takes longer: {error}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return None, None
+        return graph, probs
+
+    def _update(self, ids: Tensor, hidden: Tensor, logits: Tensor, predict: bool) -> Tensor | None:
+        self.steps += 1
         self.complete |= self.active & (ids[:, None] == self.eos).any(-1)
         self.active &= ~(ids[:, None] == self.stops).any(-1)
         self.counts += self.active
         logprobs = torch.log_softmax(logits, -1, dtype=torch.float32)
         entropy = torch.special.entr(logprobs.exp()).sum(-1)
         log_eos = logprobs[:, self.eos].logsumexp(-1) if len(self.eos) else entropy * 0 - 30.0
-        average = self.numbers[:, 2]
-        average = entropy if self.time == 1 else DECAY * average + (1 - DECAY) * entropy
-        time = torch.full_like(entropy, self.time).log1p()
+        average = torch.lerp(entropy, self.numbers[:, 2], DECAY)
+        average = torch.where(self.steps == 1, entropy, average)
+        time = self.steps.float().log1p().expand_as(entropy)
         # an end token that cannot come has no logarithm
         new = torch.stack([time, entropy, average, log_eos.clamp(min=-30.0)], -1)
-        self.numbers = torch.where(self.active[:, None], new, self.numbers)
+        self.numbers.copy_(torch.where(self.active[:, None], new, self.numbers))
         return plp_step(
             self.state, hidden, entropy, self.numbers, self.active, self.features,
-            prompt=prompt, head=head,
+            prompt=self.prompt, head=self.head if predict else None,
         )  # fmt: skip
 
 
@@ -203,18 +251,16 @@ class LengthStream:
         pad = getattr(config, "pad_token_id", None)
         self._steps = StepFeatures(
             len(found), states[-1].shape[-1], eos=eos, device=found.device,
-            stops=[*eos, *([] if pad is None else [int(pad)])],
+            stops=[*eos, *([] if pad is None else [int(pad)])], prompt=self._prompt,
+            head=self._folded.head if predictor.config.plp else None,
         )  # fmt: skip
         self._notify(0)
 
     def token(self, ids: Tensor, states: dict[int, Tensor], logits: Tensor) -> None:
         """Predict from a token more."""
         steps = self._need(self._steps)
-        head = self._folded.head if self.predictor.config.plp else None
-        due = head is not None and (steps.time + 1) % self.stride == 0
-        probs = steps.update(
-            ids, states[-1], logits, prompt=self._prompt, head=head if due else None
-        )
+        due = self.predictor.config.plp and (steps.time + 1) % self.stride == 0
+        probs = steps.update(ids, states[-1], logits, predict=due)
         if probs is not None:
             self._probs, self._predicted_at = probs, steps.time
             self._notify(steps.time)
