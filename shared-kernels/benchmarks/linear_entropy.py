@@ -1,10 +1,14 @@
 """Entropy of a head at every token of a prompt, against ways that make its logits.
 
 Heads of Qwen2.5-0.5B and 7B (d = 896 and 3584, 151,936 tokens) on 8192 tokens, and 131,072 tokens
-of the small one, whose float32 logits would be 80 GB. ``log-softmax`` makes all logits and takes
-128 rows of them at a time, as ``entropy_from_logits`` of trl 1.16 does. ``compiled`` makes and takes
-1024 rows at a time, in float32, compiled by torch. ``matmul`` only makes the logits. On a CPU the
-head of SmolLM2 (d = 576, 49,152 tokens), in float32.
+of the small one, whose float32 logits would be 80 GB.
+
+- ``log-softmax`` makes all logits and takes 128 rows of them at a time, as ``entropy_from_logits``
+  of trl 1.16 does.
+- ``compiled`` makes and takes 1024 rows at a time, in float32, compiled by torch.
+- ``matmul`` only makes the logits.
+
+On a CPU the head of SmolLM2 (d = 576, 49,152 tokens), in float32.
 """
 
 from __future__ import annotations

@@ -71,11 +71,40 @@ def head(train_part, test, key, **settings):
     return report, (law.median().clamp(max=cap) - rows.labels).abs()
 
 
+def fill(readme, document):
+    """Fill the README's ``<!-- study -->`` block."""
+    begin, end = "<!-- study -->", "<!-- /study -->"
+    lines = [
+        "| predictor | MAE (95 %) | of the way from constant to floor | CRPS |",
+        "|---|--:|--:|--:|",
+    ]
+    for name, row in sorted(document["predictors"].items(), key=lambda item: item[1]["mae"]):
+        low, high = row["mae_interval"]
+        crps = "" if row["crps"] is None else f"{row['crps']:.1f}"
+        error = f"{row['mae']:.1f} ({low:.1f} to {high:.1f})"
+        lines.append(f"| {name} | {error} | {row['explained']:.2f} | {crps} |")
+    run = document["provenance"]
+    lines += [
+        f"| median of the other answers | {document['sibling_floor']:.1f} | 1 | |",
+        "",
+        f"{document['prompts']} prompts, {document['folds']} folds, tokens; torch "
+        f"{run['versions']['torch']}; commit {(run['commit'] or '')[:12]}; {run['date'][:10]}.",
+    ]
+    text = readme.read_text(encoding="utf-8")
+    before, rest = text.split(begin, 1)
+    body = "\n".join(lines)
+    write_text(readme, f"{before}{begin}\n{body}\n{end}{rest.split(end, 1)[1]}")
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("store", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--readme", type=Path, help="fill this README from OUT, run nothing")
     arguments = parser.parse_args()
+    if arguments.readme:
+        fill(arguments.readme, json.loads(arguments.out.read_text(encoding="utf-8")))
+        return
     warnings.simplefilter("ignore")
     found = FeatureStore(arguments.store).load(steps=False)
     errors, crps, floors, groups = {}, {}, [], []
