@@ -133,3 +133,15 @@ def test_importing_the_families_does_not_import_triton_or_numba():
     # numba itself imports scipy where that is installed
     assert spoiled.stderr.startswith("imported {")
     assert "'numba'" in spoiled.stderr
+
+
+def test_all_ops_register_side_by_side():
+    """No two families declare an op of one name: each alone would not show it."""
+    import importlib
+    import pkgutil
+
+    from shared_kernels import ops
+
+    names = [m.name for m in pkgutil.walk_packages(ops.__path__, "shared_kernels.ops.")]
+    found = [importlib.import_module(name) for name in names if name.endswith(".op")]
+    assert len(found) >= 6

@@ -52,9 +52,9 @@ def test_help_loads_no_torch():
 def test_from_prompts_to_predictions(capsys, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "FEWEST", 3)
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("\n".join(f"What is {n} plus {n * n}?" for n in range(60)))
+    prompts.write_text("\n".join(f"What is {n} plus {n * n}?" for n in range(40)))
     store, out = tmp_path / "store", tmp_path / "predictor"
-    options = ["--out", store, "--samples", 3, "--max-new-tokens", 24, "--batch-size", 30]
+    options = ["--out", store, "--samples", 3, "--max-new-tokens", 16, "--batch-size", 20]
     code, printed = run(capsys, "collect", tiny, "--prompts", prompts, *options, "--json")
     assert code == 0, printed.err
     found = json.loads(printed.out)
@@ -78,10 +78,12 @@ def test_from_prompts_to_predictions(capsys, tiny, tmp_path, monkeypatch):
     code, printed = run(capsys, "predict", out, tiny, "--prompts", prompts, "--json")
     assert code == 0, printed.err
     rows = json.loads(printed.out)
-    assert len(rows) == 60
+    assert len(rows) == 40
     assert all(row["calibrated"] and not row["fallback"] for row in rows)
     assert all(row["q10"] <= row["q50"] for row in rows)
-    code, printed = run(capsys, "predict", out, tiny, "--prompts", prompts)
+    some = tmp_path / "some.jsonl"
+    some.write_text('{"text": "What is 7 plus 49?"}\n')
+    code, printed = run(capsys, "predict", out, tiny, "--prompts", some)
     assert code == 0
     assert "What is 7 plus 49?" in printed.out
 

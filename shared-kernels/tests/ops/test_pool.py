@@ -234,7 +234,7 @@ def test_op_checklist(kernel_device, impl):
         cuts = bounds(0, size // 3, size, device=device)
         return hidden, score, cuts, torch.arange(size, device=device) % 4 > 0, impl
 
-    check_op(op.segment_sums, sums, sizes=[13, 0, 1, 64])
+    check_op(op.softmax_segment_sums, sums, sizes=[13, 0, 1, 64])
 
     def output(size):
         _, head, prompt, _ = make_step(rows=size, device=device)

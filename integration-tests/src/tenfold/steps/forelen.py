@@ -42,7 +42,7 @@ class ForelenStep:
         constant = float(train.lengths.double().median())
         ours = evaluate_collected(predictor, test, constant=constant)
         context.progress(0.3, "the same with the last token's state")
-        last = self._train(context, found, "last")
+        last = predictor if context.quick else self._train(context, found, "last")
         by_last = evaluate_collected(last, test, constant=constant)
         ridge = _ridge(train, test)
         if ours.mae >= ours.constant:
@@ -118,7 +118,7 @@ class ForelenStep:
 
         folder = context.folder / pooling
         arguments = default_arguments(
-            folder, True, num_train_epochs=3 if context.quick else 6, disable_tqdm=True,
+            folder, True, num_train_epochs=2 if context.quick else 6, disable_tqdm=True,
             logging_strategy="no", weight_decay=0.1, save_strategy="epoch",
         )  # fmt: skip
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
@@ -139,10 +139,10 @@ class ForelenStep:
 
         tokenizer: Any = AutoTokenizer.from_pretrained(smollm2())
         model: Any = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.float32).eval()
-        prompts = _known(found, 2 if context.quick else 8)
+        prompts = _known(found, 1 if context.quick else 8)
         collector = FeatureCollector(
             model, tokenizer, context.folder / "store", num_samples=2, batch_size=4,
-            max_new_tokens=8 if context.quick else 24, temperature=1.0, top_p=1.0, top_k=0,
+            max_new_tokens=4 if context.quick else 24, temperature=1.0, top_p=1.0, top_k=0,
         )  # fmt: skip
         mine = collector.collect([Prompt(text) for text in prompts], progress=False).load()
         places = {key: row for row, key in enumerate(found.hashes.tolist())}
@@ -153,7 +153,7 @@ class ForelenStep:
         if error > 0.05:
             raise StepFailed(f"features differ from those of the GPU by {error:.1%} of their norm")
         ids = torch.tensor([encode(tokenizer, PROMPT)])
-        options = {"max_new_tokens": 8 if context.quick else 32, "do_sample": False}
+        options = {"max_new_tokens": 4 if context.quick else 32, "do_sample": False}
         plain = model.generate(ids, **options)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)

@@ -87,7 +87,7 @@ def segment_softmax_pool(
     if mask is None:
         mask = torch.ones(count, dtype=torch.bool, device=device)
     check_tensor("mask", mask, dtypes=(torch.bool,), shape=(count,), device=device)
-    return PoolState(*op.segment_sums(hidden, score, cu_seqlens, mask, impl))
+    return PoolState(*op.softmax_segment_sums(hidden, score, cu_seqlens, mask, impl))
 
 
 class StepHead(NamedTuple):

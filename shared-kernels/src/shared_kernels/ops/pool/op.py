@@ -21,8 +21,8 @@ def _fake_output(inner: Tensor, gain: Tensor, shift: Tensor, weight: Tensor, *ar
     return inner.new_empty(inner.shape[0], weight.shape[0], dtype=dtype)
 
 
-segment_sums = declare(
-    "segment_sums(Tensor hidden, Tensor score, Tensor cu_seqlens, Tensor mask)"
+softmax_segment_sums = declare(
+    "softmax_segment_sums(Tensor hidden, Tensor score, Tensor cu_seqlens, Tensor mask)"
     " -> (Tensor, Tensor, Tensor)",
     implementations={"reference": reference.segment_sums, "triton": launch.segment_sums},
     fake=_fake_sums,
