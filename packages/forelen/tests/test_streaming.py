@@ -196,6 +196,25 @@ def test_embeddings_as_prompts(llama):
     torch.testing.assert_close(stream.initial.pmf, expected.pmf, rtol=0, atol=1e-5)
 
 
+def test_adapters(sharpened):
+    """A PEFT model, whose generate calls that of the model inside."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = get_peft_model(sharpened(tiny_model("llama"), 6.0), config).eval()
+    inputs = prompts()
+    plain = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    predictor = predictor_for(model)
+    with predictor.watch(model) as stream:
+        watched = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    assert torch.equal(plain, watched)
+    assert stream.time >= 1
+    static = predictor.predict(model, inputs, max_new_tokens=6)
+    torch.testing.assert_close(stream.initial.pmf, static.pmf, rtol=0, atol=1e-5)
+    with pytest.raises(FingerprintError, match="weights"):
+        predictor_for(tiny_model("llama")).predict(model, inputs)
+
+
 def test_what_cannot_be_followed(llama):
     predictor = predictor_for(llama)
     inputs = prompts()

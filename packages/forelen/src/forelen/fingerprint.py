@@ -24,8 +24,15 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def unwrapped(model: Any) -> Any:
+    """Return the transformers model inside a PEFT model, or the model."""
+    inner = getattr(model, "get_base_model", None)
+    return model if inner is None else inner()
+
+
 def model_fingerprint(model: Any) -> dict[str, Any]:
     """Return what a predictor depends on, of a transformers model."""
+    model = unwrapped(model)
     config = model.config.get_text_config()
     shapes = sorted((name, list(p.shape)) for name, p in model.named_parameters())
     return {

@@ -11,6 +11,7 @@ from shared_kernels._checks import message
 from shared_kernels.models import Head
 from torch import Tensor, nn
 
+from forelen.fingerprint import unwrapped
 from forelen.pooling import FeatureSpec, pool
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class ModelReader:
     """
 
     def __init__(self, model: Any, layers: Iterable[int] = ()) -> None:
+        model = unwrapped(model)
         name = type(model).__name__
         if getattr(model, "_orig_mod", None) is not None:
             raise UnsupportedModelError(

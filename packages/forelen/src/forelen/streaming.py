@@ -209,8 +209,7 @@ class LengthStream:
     def begin(self, options: dict[str, Any]) -> None:
         """Forget the call before."""
         self._reset()
-        model = self.reader.model
-        sampling = sampling_of(model, options)
+        sampling = sampling_of(self.reader.model, options)
         self._options = sampling
         self._calibrated = check_sampling(self.predictor.config.sampling, sampling)
 
