@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from forelen.store import Collected
 
 STORE = Path(__file__).parent.parent / "data" / "forelen-mini"
-"""Features and lengths of 1152 prompts, collected by forelen on a GPU."""
+"""Features and lengths of 800 prompts, collected by forelen on a GPU."""
 BATCH, SLOTS = 16, 64
 PROMPT = "Complete this function.\n\ndef add(a: int, b: int) -> int:\n"
 

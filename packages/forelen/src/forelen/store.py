@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 _HEADER = "store.json"
+_LABELS = "labels"
 SPLITS = {"train": 0.7, "validation": 0.1, "calibration": 0.1, "test": 0.1}
 
 
@@ -218,7 +219,8 @@ class FeatureStore:
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
         os.close(handle)
         try:
-            text = {key: json.dumps(value) for key, value in metadata.items()}
+            # one entry: several would be written in any order, and files would differ
+            text = {_LABELS: json.dumps(metadata)}
             save_file({k: v.contiguous() for k, v in tensors.items()}, name, metadata=text)
             with Path(name).open("rb") as file:
                 os.fsync(file.fileno())
@@ -257,7 +259,7 @@ class FeatureStore:
     def _read(self, path: Path, header: dict[str, Any], keys: list[str], steps: bool) -> Collected:
         try:
             with safe_open(path, framework="pt") as file:
-                metadata = {k: json.loads(v) for k, v in (file.metadata() or {}).items()}
+                metadata = json.loads((file.metadata() or {})[_LABELS])
                 found = {
                     "prompts": {key: file.get_tensor(f"prompts.{key}") for key in keys},
                     "steps": file.get_tensor("steps") if steps else None,
