@@ -70,6 +70,9 @@ def test_each_way(side):
 def test_keys():
     for spec in (FeatureSpec(), FeatureSpec("last", 15), FeatureSpec("entropy+last", 0, False, 1)):
         assert FeatureSpec.from_key(spec.key) == spec
+    for key in ("entropy", "last.x.all", "last.3.some"):
+        with pytest.raises(ValueError, match=r"POOLING\.LAYER"):
+            FeatureSpec.from_key(key)
 
 
 def test_bad_input():

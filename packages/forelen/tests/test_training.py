@@ -195,6 +195,15 @@ def test_the_papers_head_is_a_plain_loop(collected, tmp_path):
     assert not torch.equal(start.out.weight, new_predictor(collected, head="paper").out.weight)
 
 
+def test_what_was_not_collected(collected):
+    with pytest.raises(ValueError, match=r"features: .*'mean\.-1\.content'"):
+        new_predictor(collected, pooling="mean")
+    config = new_predictor(collected).config
+    config.fingerprint = config.fingerprint | {"hidden_size": 7}
+    with pytest.raises(ValueError, match="collect answers of that model"):
+        LengthDataset(collected, config)
+
+
 def test_bad_input(collected):
     predictor = new_predictor(collected)
     with pytest.raises(ValueError, match="prompt_features"):

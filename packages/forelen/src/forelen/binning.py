@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from shared_kernels._checks import check_range, check_tensor, message
+from shared_kernels._checks import check_range, message
 from torch import Tensor
 
 #: Steps of Newton's method that find a label's tilt to rounding.
@@ -200,21 +200,3 @@ def _tilted(log_weights: Tensor, centers: Tensor, mean: Tensor) -> Tensor:
     ends = torch.zeros_like(weights)
     ends[..., 0], ends[..., -1] = (goal[..., 0] <= 0).double(), (goal[..., 0] >= 1).double()
     return torch.where((goal <= 0) | (goal >= 1), ends, weights)
-
-
-def check_lengths(name: str, lengths: Tensor) -> None:
-    """Refuse lengths that no answer has.
-
-    Raises:
-        TypeError: Not numbers.
-        ValueError: Below 1, or not finite.
-    """
-    check_tensor(
-        name, lengths, dtypes=(torch.int64, torch.int32, torch.float32, torch.float64),
-        shape=(None,) * lengths.dim(), strided=True,
-    )  # fmt: skip
-    bad = ~((lengths >= 1) & torch.isfinite(lengths.double()))
-    if bad.any():
-        raise ValueError(
-            message(name, "lengths of at least 1", lengths[bad][0].item(), "count the end token")
-        )

@@ -230,6 +230,7 @@ def evaluate(
         except ValueError:
             if not time:
                 raise
+            print(f"no answers were kept at {time} tokens; left out", file=sys.stderr)
     if json_output:
         return print_json({str(time): report.to_dict() for time, report in reports.items()})
     rows = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from shared_kernels._checks import message
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -25,6 +26,9 @@ class LengthDataset(Dataset):
         config: Of the predictor.
         initial: Have a row for each answer before it begins.
         steps: Have rows for its steps; by default those of ``plp``.
+
+    Raises:
+        ValueError: The vector that the predictor takes was not collected, or of another model.
     """
 
     def __init__(
@@ -35,9 +39,18 @@ class LengthDataset(Dataset):
         initial: bool = True,
         steps: bool | None = None,
     ) -> None:
+        key = config.feature_spec().key
+        if key not in found.prompts:
+            remedy = "collect it, or train on one of these"
+            raise ValueError(message("features", f"one of {list(found.prompts)}", key, remedy))
+        trained, seen = config.fingerprint, found.header["model"]
+        if trained and trained != seen:
+            raise ValueError(
+                message("found", f"answers of {trained}", seen, "collect answers of that model")
+            )
         siblings = found.lengths.shape[1]
         lengths, censored = found.lengths.flatten(), found.censored.flatten()
-        self.features = found.prompts[config.feature_spec().key].float()
+        self.features = found.prompts[key].float()
         with_steps = config.plp if steps is None else steps
         none = torch.empty(0, dtype=torch.int64)
         start = torch.arange(len(lengths)) if initial else none

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -48,7 +49,14 @@ class FeatureSpec:
 
     @classmethod
     def from_key(cls, key: str) -> FeatureSpec:
-        """Return the one that has this name."""
+        """Return the one that has this name.
+
+        Raises:
+            ValueError: No name of a vector.
+        """
+        if not re.fullmatch(r"[a-z+]+\.-?\d+\.(content|all)(\.shifted)?", key):
+            remedy = "entropy.-1.content, or last.15.all, say"
+            raise ValueError(message("features", "POOLING.LAYER.content or .all", key, remedy))
         pooling, layer, tokens, *shift = key.split(".")
         return cls(pooling, int(layer), tokens == "content", int(bool(shift)))
 
