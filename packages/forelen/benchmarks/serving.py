@@ -58,7 +58,8 @@ def serve(net, scheduler, prompts, lengths, law, aging):
 
     config = ContinuousBatchingConfig(
         scheduler_type=scheduler, max_requests_per_batch=SLOTS, allow_block_sharing=False,
-        max_batch_tokens=1024, max_memory_percent=0.2,
+        max_batch_tokens=256, num_blocks=8 * SLOTS, use_cuda_graph=True,
+        q_padding_interval_size=64, kv_padding_interval_size=2048,
     )  # fmt: skip
     generation = GenerationConfig(max_new_tokens=512, do_sample=False, eos_token_id=-1)
     table = LengthTable(aging=aging)

@@ -71,9 +71,15 @@ def head(train_part, test, key, **settings):
     return report, (law.median().clamp(max=cap) - rows.labels).abs()
 
 
+def fill_block(readme, name, lines):
+    """Replace what stands between ``<!-- name -->`` and ``<!-- /name -->``."""
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, rest = readme.read_text(encoding="utf-8").split(begin, 1)
+    body = "\n".join(lines)
+    write_text(readme, f"{before}{begin}\n{body}\n{end}{rest.split(end, 1)[1]}")
+
+
 def fill(readme, document):
-    """Fill the README's ``<!-- study -->`` block."""
-    begin, end = "<!-- study -->", "<!-- /study -->"
     lines = [
         "| predictor | MAE (95 %) | of the way from constant to floor | CRPS |",
         "|---|--:|--:|--:|",
@@ -90,10 +96,7 @@ def fill(readme, document):
         f"{document['prompts']} prompts, {document['folds']} folds, tokens; torch "
         f"{run['versions']['torch']}; commit {(run['commit'] or '')[:12]}; {run['date'][:10]}.",
     ]
-    text = readme.read_text(encoding="utf-8")
-    before, rest = text.split(begin, 1)
-    body = "\n".join(lines)
-    write_text(readme, f"{before}{begin}\n{body}\n{end}{rest.split(end, 1)[1]}")
+    fill_block(readme, "study", lines)
 
 
 def main():

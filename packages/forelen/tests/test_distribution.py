@@ -139,6 +139,22 @@ def test_coverage_on_new_prompts():
     assert raw / 200 < 0.7
 
 
+def test_intervals_leave_out_no_more_than_they_say_at_either_end():
+    rng = np.random.default_rng(3)
+    below = above = 0.0
+    for _ in range(300):
+        found, lengths, groups = answers(31, 2, rng, wrong=0.5)
+        held = groups < 30
+        new = found[~held]
+        new.calibration = Calibration.fit(found[held], lengths[held], groups[held])
+        low, high = new.interval(0.5)
+        below += float((lengths[~held] < low).double().mean())
+        above += float((lengths[~held] > high).double().mean())
+    error = 3 * (0.25 * 0.75 / 300) ** 0.5
+    assert below / 300 <= 0.25 + error
+    assert above / 300 <= 0.25 + error
+
+
 def test_equals_the_order_statistic():
     """With one answer for each prompt it is the ceil(tau (m + 1))-th level."""
     rng = np.random.default_rng(2)
@@ -148,7 +164,15 @@ def test_equals_the_order_statistic():
     for tau in (0.1, 0.5, 0.9, 0.97):
         k = int(np.ceil(tau * 38 - 1e-9))
         assert calibration.level(tau) == (levels[k - 1] if k <= 37 else 1.0)
+        k = int(np.floor(tau * 38 + 1e-9))
+        assert calibration.level(tau, lower=True) == levels[k - 1]
     assert calibration.level(0.99) == 1.0
+    assert calibration.level(0.02, lower=True) == 0.0
+    found.calibration = calibration
+    assert found.levels(0.2) == (levels[2], levels[34])
+    assert found.interval(0.2)[0].tolist() == found._inverse(levels[2]).tolist()
+    with pytest.raises(ValueError, match=r"alpha.*1\.5"):
+        found.interval(1.5)
     low, high = calibration.coverage_bounds(0.5)
     assert low < 0.5 < high
     again = Calibration.from_dict(calibration.to_dict())

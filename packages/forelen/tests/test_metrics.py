@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from forelen import Bins, LengthDistribution
-from forelen.metrics import evaluate, sibling_floor
+from forelen.metrics import covered, evaluate, sibling_floor
 
 LENGTHS = torch.tensor([3, 5, 4, 20, 20, 26, 9, 9, 30, 11, 12, 30])
 GROUPS = torch.arange(4).repeat_interleave(3)
@@ -58,7 +58,43 @@ def test_against_loops(cap):
     assert (report.answers, report.prompts) == (12, 4)
     low, high = found.interval(0.2)
     inside = ((low <= LENGTHS) & (high.clamp(max=top) >= LENGTHS)).double().mean()
-    assert report.coverage["0.8"] == pytest.approx(float(inside))
+    assert report.within["0.8"] == pytest.approx(float(inside))
+    cdf = torch.nn.functional.pad(found.pmf.cumsum(1), (1, 0))
+    shares = []
+    for row, y in enumerate(LENGTHS.tolist()):
+        low, high = float(cdf[row, y - 1]), float(cdf[row, y])
+        draws = np.linspace(low, high, 20_001)
+        shares.append(((draws > 0.1) & (draws <= 0.9)).mean())
+    assert report.coverage["0.8"] == pytest.approx(np.mean(shares), abs=1e-4)
+    assert report.coverage["0.8"] <= report.within["0.8"]
+
+
+def test_coverage_is_exact_though_answers_are_stopped_and_short():
+    """Plain counts are not: most answers here are one, two, or stopped at eight tokens."""
+    bins = Bins(tuple(map(float, range(41))))
+    generator = torch.Generator().manual_seed(2)
+    pmf = torch.rand(6, 40, generator=generator, dtype=torch.float64)
+    pmf[:, :2] += 9
+    pmf = (pmf / pmf.sum(1, keepdim=True)).repeat_interleave(4000, 0)
+    lengths = 1 + torch.multinomial(pmf, 1, replacement=True, generator=generator).flatten()
+    stopped = lengths > 8
+    right = LengthDistribution(pmf, bins)
+    groups = torch.arange(6).repeat_interleave(4000)
+    report = evaluate(
+        right, lengths.clamp(max=8), groups, constant=8.0, cap=8, censored=stopped, resamples=5
+    )
+    for nominal, share in report.coverage.items():
+        # three standard errors of 24 000 answers
+        assert share == pytest.approx(float(nominal), abs=0.01)
+    assert report.within["0.8"] > 0.9
+    # a length that was thought impossible is inside the interval or not
+    pmf = torch.zeros(2, 40, dtype=torch.float64)
+    pmf[:, [0, 39]] = 0.5
+    certain = LengthDistribution(pmf, bins)
+    assert covered(certain, torch.tensor([20, 20]), 0.8).tolist() == [1, 1]
+    pmf[:, [0, 39]] = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    certain = LengthDistribution(pmf, bins)
+    assert covered(certain, torch.tensor([20, 40]), 0.8).tolist() == [0, pytest.approx(0.8)]
 
 
 def test_a_right_predictor_is_covered_and_a_better_one_scores_better():
@@ -75,7 +111,7 @@ def test_a_right_predictor_is_covered_and_a_better_one_scores_better():
     assert a.pinball < b.pinball
     assert a.kendall > 0.2
     assert abs(b.kendall) < 1e-9
-    assert 0.9 <= a.coverage["0.9"] < 0.98
+    assert a.coverage["0.9"] == pytest.approx(0.9, abs=0.02)
 
 
 def test_bad_input():

@@ -76,10 +76,20 @@ class Calibration:
         weights = (1 / sizes)[member][order]
         return cls(tuple(levels[order].tolist()), tuple(weights.tolist()), len(sizes))
 
-    def level(self, tau: float) -> float:
-        """Return the level to take a predictor's quantile at; 1 if too few prompts were seen."""
+    def level(self, tau: float, *, lower: bool = False) -> float:
+        """Return the level to take a predictor's quantile at.
+
+        Args:
+            tau: How much is to lie at or below it.
+            lower: At most so much, as the lower end of an interval needs it: the
+                ``floor(tau (m + 1))``-th level, and 0 if too few prompts were seen. Otherwise at
+                least so much: the ``ceil``, and 1 if too few were.
+        """
         reached = np.cumsum(self.weights)
         needed = tau * (self.prompts + 1)
+        if lower:
+            place = int(np.searchsorted(reached, needed + 1e-9, side="right")) - 1
+            return self.levels[place] if place >= 0 else 0.0
         place = int(np.searchsorted(reached, needed - 1e-9))
         return self.levels[place] if place < len(self.levels) else 1.0
 

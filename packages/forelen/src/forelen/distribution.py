@@ -101,16 +101,33 @@ class LengthDistribution:
         """
         if not 0 < tau < 1:
             raise ValueError(message("tau", "a number in (0, 1)", tau, "0.5 is the median"))
-        level = tau if self.calibration is None else self.calibration.level(tau)
-        return self._inverse(level)
+        return self._inverse(self._level(tau))
 
     def median(self) -> Tensor:
         """Return the medians, float64 ``(N,)``."""
         return self.quantile(0.5)
 
     def interval(self, alpha: float) -> tuple[Tensor, Tensor]:
-        """Return the central interval that holds the length with probability ``1 - alpha``."""
-        return self.quantile(alpha / 2), self.quantile(1 - alpha / 2)
+        """Return the central interval that holds the length with probability ``1 - alpha``.
+
+        Raises:
+            ValueError: ``alpha`` is not in (0, 1).
+        """
+        low, high = self.levels(alpha)
+        return self._inverse(low), self._inverse(high)
+
+    def levels(self, alpha: float) -> tuple[float, float]:
+        """Return the probabilities of the uncorrected distribution below the ends of `interval`.
+
+        Raises:
+            ValueError: ``alpha`` is not in (0, 1).
+        """
+        if not 0 < alpha < 1:
+            raise ValueError(message("alpha", "a number in (0, 1)", alpha, "0.1 leaves out 10 %"))
+        return self._level(alpha / 2, lower=True), self._level(1 - alpha / 2)
+
+    def _level(self, tau: float, *, lower: bool = False) -> float:
+        return tau if self.calibration is None else self.calibration.level(tau, lower=lower)
 
     def _inverse(self, level: float) -> Tensor:
         """Return the smallest length whose cumulative probability reaches a level."""

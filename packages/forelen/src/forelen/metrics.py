@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from shared_kernels._checks import message
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ class Report:
         constant: Error of the best constant, which training's median is.
         floor: Error of the median of the other answers to the same prompt; None without siblings.
         explained: ``(constant - mae) / (constant - floor)``.
-        coverage: Of nominal central intervals, how many lengths lie in them.
+        coverage: Of nominal central intervals, how many lengths they hold, as `covered`.
+        within: How many lie in the intervals of whole tokens, ends included: at least as many.
         width: Mean width of these intervals.
         buckets: Coverage of the nominal 80 % by quarters of the predicted medians.
     """
@@ -53,6 +55,7 @@ class Report:
     floor: float | None
     explained: float | None
     coverage: dict[str, float]
+    within: dict[str, float]
     width: dict[str, float]
     buckets: list[float]
 
@@ -76,6 +79,34 @@ def sibling_floor(lengths: Tensor, groups: Tensor) -> float | None:
             rest = [np.median(np.delete(members, place)) for place in range(len(members))]
             errors.append(np.abs(members - rest))
     return float(np.concatenate(errors).mean()) if errors else None
+
+
+def covered(
+    found: LengthDistribution, lengths: Tensor, nominal: float, *, censored: Tensor | None = None
+) -> Tensor:
+    """Return how much of each length a central interval holds, float64 ``(N,)`` in [0, 1].
+
+    A length that has probability of its own is a step of the distribution; if the end of an
+    interval cuts through it, the part inside counts. So a right predictor's intervals hold just as
+    much as they say, and none gains by whole tokens being wide.
+
+    Args:
+        found: Of N answers.
+        lengths: int64 ``(N,)``.
+        nominal: How much the intervals say they hold.
+        censored: bool ``(N,)``, answers that were stopped: their step is all that is longer.
+    """
+    y = lengths.to(found.pmf.device).double()
+    upper, lower = found.cdf(y), found.cdf(y - 1)
+    if censored is not None:
+        stopped = censored.to(upper.device)
+        lower, upper = torch.where(stopped, upper, lower), torch.where(stopped, 1.0, upper)
+    low, high = found.levels(1 - nominal)
+    step = upper - lower
+    share = (upper.clamp(max=high) - lower.clamp(min=low)) / step.clamp(min=1e-300)
+    # what was thought impossible has no step: it is inside or not
+    inside = (low < upper) & (upper <= high)
+    return torch.where(step > 1e-12, share.clamp(0, 1), inside.double())
 
 
 def evaluate(
@@ -123,14 +154,14 @@ def evaluate(
     for tau in _QUANTILES:
         gap = y - np.where(np.isfinite(q := quantile(tau)), q, y.max())
         pinball.append(np.maximum(tau * gap, (tau - 1) * gap).mean())
-    coverage, width = {}, {}
+    coverage, within, width = {}, {}, {}
     for level in LEVELS:
-        low, high = quantile((1 - level) / 2), quantile((1 + level) / 2)
-        coverage[f"{level:g}"] = float(((low <= y) & (y <= high)).mean())
+        low, high = (np.minimum(end.numpy(), top) for end in found.interval(1 - level))
+        coverage[f"{level:g}"] = float(covered(found, lengths, level, censored=censored).mean())
+        within[f"{level:g}"] = float(((low <= y) & (y <= high)).mean())
         finite = np.where(np.isfinite(high), high, y.max())
         width[f"{level:g}"] = float((finite - low).mean())
-    low, high = quantile(0.1), quantile(0.9)
-    inside = (low <= y) & (y <= high)
+    inside = covered(found, lengths, 0.8, censored=censored).numpy()
     quarters = np.array_split(np.argsort(median, kind="stable"), 4)
     floor = sibling_floor(lengths, groups)
     baseline = float(np.abs(y - min(constant, top)).mean())
@@ -158,6 +189,7 @@ def evaluate(
         floor=floor,
         explained=explained,
         coverage=coverage,
+        within=within,
         width=width,
         buckets=[float(inside[q].mean()) if len(q) else float("nan") for q in quarters],
     )

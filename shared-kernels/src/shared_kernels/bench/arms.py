@@ -20,7 +20,7 @@ class Arm:
     Attributes:
         name: Unique within the workload.
         fn: The timed callable. On a GPU it must leave its work on the current stream, or be
-            measured by a workload with ``clock="wall"``.
+            measured by a workload with ``clock="wall"`` or ``"returned"``.
         setup: Called before every call of ``fn``, outside the timed region.
         teardown: Called after every call of ``fn``, outside the timed region.
         bytes: Bytes read plus written in the memory of the workload's device.
@@ -61,7 +61,9 @@ class Workload:
             when an arm's result is wrong, and then no time of this workload is reported.
         device: Torch device of the inputs, for example ``"cuda"``.
         clock: ``"events"`` (CUDA events on the current stream), ``"wall"`` (host clock between
-            two synchronisations) or ``"auto"``: events on a GPU, the host clock elsewhere.
+            two synchronisations), ``"returned"`` (the seconds that each ``fn`` returns, for
+            example of one step among many) or ``"auto"``: events on a GPU, the host clock
+            elsewhere.
         flush_l2: Overwrite the GPU's L2 cache before every call timed by events.
     """
 
@@ -71,7 +73,7 @@ class Workload:
     check: Callable[[], bool | None]
     device: str = "cpu"
     params: Mapping[str, object] = field(default_factory=dict)
-    clock: Literal["auto", "events", "wall"] = "auto"
+    clock: Literal["auto", "events", "wall", "returned"] = "auto"
     flush_l2: bool = True
 
     def __post_init__(self) -> None:
@@ -86,8 +88,10 @@ class Workload:
                 f"expected the baseline of workload {self.name!r} to be one of its arms {names}; "
                 f"got {self.baseline!r}"
             )
-        if self.clock not in ("auto", "events", "wall"):
-            raise ValueError(f"expected clock 'auto', 'events' or 'wall'; got {self.clock!r}")
+        if self.clock not in ("auto", "events", "wall", "returned"):
+            raise ValueError(
+                f"expected clock 'auto', 'events', 'wall' or 'returned'; got {self.clock!r}"
+            )
         if self.clock == "events" and not self.device.startswith("cuda"):
             raise ValueError(
                 f"expected a CUDA device for clock 'events' in workload {self.name!r}; "
