@@ -115,3 +115,24 @@ def test_the_papers_labels_are_biased_at_the_edges():
 def test_bad_bins(make, match):
     with pytest.raises(ValueError, match=match):
         make()
+
+
+@pytest.mark.parametrize("tail", [None, 3.5])
+def test_what_remains_is_counted_token_by_token(tail):
+    bins = Bins((0.0, 1.0, 2.0, 4.0, 9.0, 20.0), tail)
+    generator = torch.Generator().manual_seed(0)
+    pmf = torch.rand(4, len(bins), generator=generator, dtype=torch.float64)
+    pmf /= pmf.sum(-1, keepdim=True)
+    seen = torch.tensor([0, 1, 7, 17])
+    found = bins.remaining(pmf, seen)
+    grid = torch.arange(400).double()
+    tokens = (bins.below(grid)[None] @ pmf[..., None])[..., 0].diff(dim=-1)
+    for row, count in enumerate(seen.tolist()):
+        left = tokens[row, count:] / tokens[row, count:].sum()
+        place = bins.index(torch.arange(1, len(left) + 1))
+        expected = torch.zeros(len(bins), dtype=torch.float64).index_add_(0, place, left)
+        torch.testing.assert_close(found[row], expected, rtol=0, atol=2e-6)
+    assert torch.equal(found[0].argsort(), pmf[0].argsort())
+    # what has been outlived leaves no preference, and no zero
+    outlived = Bins((0.0, 1.0, 2.0)).remaining(torch.tensor([[0.5, 0.5]]), torch.tensor([9]))
+    assert outlived.tolist() == [[0.5, 0.5]]

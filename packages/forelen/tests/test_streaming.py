@@ -10,7 +10,7 @@ from forelen import (
 )
 from forelen.fingerprint import model_fingerprint, sampling_of
 from forelen.pooling import entropy_pool
-from forelen.reading import ModelReader
+from forelen.reading import ModelReader, read_prompts
 from forelen.streaming import StepFeatures
 from forelen.tap import tapped
 from shared_kernels.testing.models import tiny_model
@@ -20,6 +20,8 @@ def predictor_for(model, **options):
     torch.manual_seed(0)
     settings = {"plp": True, "fingerprint": model_fingerprint(model)} | options
     predictor = LengthPredictor(LengthPredictorConfig(hidden_size=32, **settings)).eval()
+    if predictor.two_heads:
+        torch.nn.init.normal_(predictor.step_out.weight, std=0.3)
     predictor.input_scale.uniform_(0.5, 2.0)
     predictor.input_mean.normal_()
     return predictor
@@ -141,16 +143,55 @@ def test_steps_are_the_pool_of_the_states():
 
 
 def test_the_split_head_is_the_head(llama):
-    for options in ({}, {"pooling": "entropy+last"}, {"plp": False, "head": "linear"}):
+    for options in (
+        {}, {"pooling": "entropy+last"}, {"plp": False, "head": "linear"}, {"head": "paper"},
+    ):  # fmt: skip
         predictor = predictor_for(llama, **options)
-        prompt = torch.randn(5, predictor.prompt_size)
-        step = torch.randn(5, predictor.step_size) if predictor.config.plp else None
-        expected = predictor(prompt, step).logits.softmax(-1)
+        prompt, seen = torch.randn(5, predictor.prompt_size), torch.tensor([0, 1, 7, 300, 6000])
         folded = predictor.folded(torch.device("cpu"))
         inner = folded.prompt(prompt)
-        if step is not None:
-            inner = inner + step @ folded.head.weight.T
+        expected = predictor(prompt).logits.softmax(-1)
         torch.testing.assert_close(folded.output(inner), expected, rtol=0, atol=1e-6)
+        if not predictor.config.plp:
+            continue
+        step = torch.randn(5, predictor.step_size)
+        expected = predictor(prompt, step, seen).logits.softmax(-1)
+        if folded.step is None:
+            found = folded.output(inner + step @ folded.head.weight.T)
+        else:
+            second = folded._replace(head=folded.step)
+            left = predictor.bins.remaining(folded.output(inner), seen)
+            found = second.output(folded.step_bias + step @ folded.step.weight.T) * left
+            found /= found.sum(-1, keepdim=True)
+            found[0] = folded.output(inner)[0]
+        torch.testing.assert_close(found, expected, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("head", ["forelen", "paper"])
+def test_a_stream_predicts_what_a_data_set_row_does(sharpened, head):
+    """Step by step, ended rows too, against the predictor called on the features."""
+    model = sharpened(tiny_model("llama"), 6.0)
+    predictor = predictor_for(model, head=head)
+    inputs, found = prompts(), []
+    with predictor.watch(model) as stream:
+
+        def keep(seen):
+            if seen.time:
+                steps = seen._steps
+                found.append((seen.remaining.pmf, steps.features.clone(), steps.counts.clone()))
+
+        stream.on_update(keep)
+        model.generate(**inputs, max_new_tokens=12, do_sample=True)
+    reader, spec = ModelReader(model), predictor.config.feature_spec()
+    before = read_prompts(
+        reader, [spec], inputs["input_ids"], inputs["attention_mask"], predictor.config.chat_span()
+    )[spec.key]
+    assert len(found) > 4
+    for pmf, features, counts in found:
+        logits = predictor(before, features, counts).logits
+        live = counts > 0
+        expected = logits.double().softmax(-1)
+        torch.testing.assert_close(pmf[live], expected[live], rtol=0, atol=1e-5)
 
 
 def test_stride_and_callbacks(llama):

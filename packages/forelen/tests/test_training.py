@@ -74,9 +74,12 @@ def test_scales_and_marginal(collected):
     predictor = new_predictor(collected, plp=True)
     rows = LengthDataset(collected, predictor.config)
     batch = rows.batch(range(len(rows)))
-    x = torch.cat([batch["prompt_features"], batch["decode_features"]], -1)
-    x = (x - predictor.input_mean) / predictor.input_scale
-    assert float(x.mean(0).abs().max()) < 1e-4
+    begun = batch["decode_features"][batch["times"] > 0]
+    for x, low in ((batch["prompt_features"], 0), (begun, predictor.prompt_size)):
+        chosen = slice(low, low + x.shape[1])
+        x = (x - predictor.input_mean[chosen]) / predictor.input_scale[chosen]
+        assert float(x.mean(0).abs().max()) < 1e-4
+        assert ((x.std(0) - 1).abs() < 1e-3).all()
     assert float(predictor.marginal.sum()) == pytest.approx(1, abs=1e-5)
     plain = new_predictor(collected, head="paper")
     assert not plain.input_mean.any()
@@ -210,6 +213,9 @@ def test_bad_input(collected):
         predictor(torch.zeros(2, 31))
     with pytest.raises(ValueError, match="decode_features"):
         predictor(torch.zeros(2, 32), torch.zeros(2, 68))
+    with pytest.raises(ValueError, match="times"):
+        grown = new_predictor(collected, plp=True)
+        grown(torch.zeros(2, 32), torch.zeros(2, grown.step_size))
     with pytest.raises(ValueError, match="plp"):
         new_predictor(collected, head="linear", plp=True)
     with pytest.raises(ValueError, match="head"):

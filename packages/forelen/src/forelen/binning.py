@@ -151,6 +151,36 @@ class Bins:
         beyond = 1 - ratio ** (x - edges[-1]).clamp(min=0)
         return torch.cat([part, beyond], -1)
 
+    def remaining(self, pmf: Tensor, seen: Tensor, edges: Tensor | None = None) -> Tensor:
+        """Return the distribution over the bins of what remains of answers longer than ``seen``.
+
+        ``P(edge_j < L - seen <= edge_j+1 | L > seen)``, a millionth of it even, so that nothing is
+        impossible.
+
+        Args:
+            pmf: float ``(N, K)``, of lengths L.
+            seen: ``(N,)``, tokens that came.
+            edges: `closed_edges` in the dtype and on the device of ``pmf``, if they are at hand.
+
+        Returns:
+            ``(N, K)`` in the dtype of ``pmf``.
+        """
+        edges = self.closed_edges().to(pmf) if edges is None else edges
+        x = edges[: len(self)] + seen.to(pmf)[:, None]
+        place = torch.searchsorted(edges, x, right=True).clamp(max=len(edges) - 1) - 1
+        high, width = edges[1:][place], edges.diff()[place]
+        from_here = pmf.flip(-1).cumsum(-1).flip(-1)
+        after = torch.cat([from_here[:, 1:], torch.zeros_like(pmf[:, :1])], -1)
+        share = ((high - x) / width).clamp(0, 1)
+        longer = after.gather(1, place) + share * pmf.gather(1, place)
+        beyond = torch.zeros_like(longer)
+        if self.tail is not None:
+            beyond = pmf[:, -1:] * (1 - 1 / self.tail) ** (x - edges[-1]).clamp(min=0)
+        longer = torch.where(x >= edges[-1], beyond, longer)
+        inside = longer - torch.cat([longer[:, 1:], torch.zeros_like(longer[:, :1])], -1)
+        inside = inside.clamp(min=0) / longer[:, :1].clamp(min=1e-30) + 1e-6 / len(self)
+        return inside / inside.sum(-1, keepdim=True)
+
     def labels(self, lengths: Tensor) -> Tensor:
         """Return soft labels float64 ``(..., K)`` whose mean is the length exactly.
 

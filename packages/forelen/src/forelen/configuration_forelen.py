@@ -32,7 +32,7 @@ class LengthPredictorConfig(PreTrainedConfig):
         plp_stride: Tokens between two predictions.
         inner_size: Width of the hidden layer; by default half of what goes in, and 128 at least
             unless the head is the paper's.
-        dropout: Of the hidden layer.
+        dropout: Of hidden layers, and of what goes into the head of answers that have begun.
         weight: Of the cross-entropy in the loss; the squared term has the rest.
         fingerprint: Of the model that answers.
         sampling: How its answers were sampled.

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 #: Beside a pooled state, of an answer that has begun: log1p of its tokens, the entropy now, its
 #: moving average, and the log-probability of the end token.
 STEP_FEATURES = 4
-#: Width of the hidden layer at least, if nothing is said.
+#: Width of a hidden layer at least, if nothing is said.
 _INNER = 128
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -53,12 +53,16 @@ class Folded(NamedTuple):
         bias: float32 ``(p,)``.
         head: The rest, for `plp_step`.
         linear: There is no hidden layer: ``p`` is K.
+        step: The head of answers that have begun, if it is another one.
+        step_bias: Of its first layer, float32 ``(q,)``.
     """
 
     prompt_weight: Tensor
     bias: Tensor
     head: StepHead
     linear: bool
+    step: StepHead | None = None
+    step_bias: Tensor | None = None
 
     def prompt(self, features: Tensor) -> Tensor:
         """Return the part of the first layer that a prompt decides, float32 ``(N, p)``."""
@@ -76,9 +80,12 @@ class Folded(NamedTuple):
 class LengthPredictor(PreTrainedModel):
     """Predicts how long answers will be from hidden states of the model that gives them.
 
-    ``Linear, LayerNorm, ReLU, Dropout, Linear`` (arXiv:2602.11812). With ``plp`` the same head
-    also takes what is known of an answer that has begun, zeros before it has, and predicts what
-    remains. Trained by the stock Trainer; ``save_pretrained`` and ``from_pretrained`` as any model.
+    ``Linear, LayerNorm, ReLU, Dropout, Linear`` (arXiv:2602.11812). With ``plp`` it predicts what
+    remains of an answer that has begun. The paper's head takes what is known of the answer beside
+    the prompt, zeros before it has begun. By default a second head looks at the answer alone, and
+    its probabilities weigh what the first prediction leaves possible (`Bins.remaining`): it has to
+    learn no more than the answer's own evidence, and without any the prediction counts down.
+    Trained by the stock Trainer; ``save_pretrained`` and ``from_pretrained`` as any model.
     """
 
     config_class = LengthPredictorConfig
@@ -95,28 +102,39 @@ class LengthPredictor(PreTrainedModel):
         # of a growing answer: its pool, its newest state, and numbers of the step
         self.step_size = 2 * config.hidden_size + STEP_FEATURES if config.plp else 0
         width = self.prompt_size + self.step_size
+        self.two_heads = config.plp and config.head != "paper"
+        first = self.prompt_size if self.two_heads else width
         self.bins = config.length_bins()
         if config.head == "linear":
             if config.plp:
                 raise ValueError(message("plp", "False with a linear head", True, "use forelen"))
             self.out = nn.Linear(width, len(self.bins))
         else:
-            inner = config.inner_size or max(width // 2, 1 if config.head == "paper" else _INNER)
-            self.inner = nn.Linear(width, inner)
+            inner = config.inner_size or max(first // 2, 1 if config.head == "paper" else _INNER)
+            self.inner = nn.Linear(first, inner)
             self.norm = nn.LayerNorm(inner)
             self.dropout = nn.Dropout(config.dropout)
             self.out = nn.Linear(inner, len(self.bins))
+        if self.two_heads:
+            inner = config.inner_size or max(self.step_size // 2, _INNER)
+            self.step_inner = nn.Linear(self.step_size, inner)
+            self.step_norm = nn.LayerNorm(inner)
+            self.step_out = nn.Linear(inner, len(self.bins))
         # features have outlier dimensions; what training saw brings them to one scale
         self.register_buffer("input_mean", torch.zeros(width))
         self.register_buffer("input_scale", torch.ones(width))
         # what is said of a prompt that says nothing
         self.register_buffer("marginal", torch.full((len(self.bins),), 1 / len(self.bins)))
         self.post_init()
+        if self.two_heads:
+            # no evidence to begin with
+            nn.init.zeros_(self.step_out.weight)
 
     def forward(
         self,
         prompt_features: Tensor,
         decode_features: Tensor | None = None,
+        times: Tensor | None = None,
         labels: Tensor | None = None,
         censored: Tensor | None = None,
         weights: Tensor | None = None,
@@ -128,6 +146,8 @@ class LengthPredictor(PreTrainedModel):
             prompt_features: float ``(N, d)``, or ``(N, 2 d)`` for ``entropy+last``.
             decode_features: float ``(N, 2 d + 4)``, with ``plp``; zeros for answers that have not
                 begun.
+            times: int64 ``(N,)``, tokens of each answer that were read; with ``decode_features``
+                unless the head is the paper's.
             labels: ``(N,)``, tokens that remain: the whole answer's for a prompt alone.
             censored: bool ``(N,)``, of answers that were stopped after so many.
             weights: float ``(N,)``, of the rows in the loss.
@@ -143,26 +163,50 @@ class LengthPredictor(PreTrainedModel):
         if decode_features is not None and not self.config.plp:
             remedy = "train with plp=True to predict from answers that have begun"
             raise ValueError(message("decode_features", "none", decode_features, remedy))
-        parts = [prompt_features]
-        if self.config.plp:
-            shape = (len(prompt_features), self.step_size)
-            if decode_features is None:
-                decode_features = prompt_features.new_zeros(shape)
+        shape = (len(prompt_features), self.step_size)
+        if decode_features is not None:
             check_tensor(
                 "decode_features", decode_features, dtypes=_FLOATS, shape=shape, strided=True
             )
-            parts.append(decode_features)
-        dtype = self.out.weight.dtype
-        x = (torch.cat([part.to(dtype) for part in parts], -1) - self.input_mean) / self.input_scale
-        if self.config.head != "linear":
-            x = self.dropout(self.norm(self.inner(x)).relu())
-        logits = self.out(x).float()
+            if self.two_heads:
+                remedy = "give the tokens that were read of each answer"
+                if times is None:
+                    raise ValueError(message("times", f"int64 ({shape[0]},)", None, remedy))
+                check_tensor("times", times, dtypes=(torch.int64,), shape=shape[:1])
+        if self.two_heads:
+            logits = self._first(self._scaled(prompt_features))
+            if decode_features is not None and times is not None:
+                grown = self._second(self._scaled(decode_features, self.prompt_size))
+                left = self.bins.remaining(logits.softmax(-1), times)
+                logits = torch.where(times[:, None] > 0, grown + left.log(), logits)
+        else:
+            parts = [prompt_features]
+            if self.config.plp:
+                parts.append(
+                    prompt_features.new_zeros(shape) if decode_features is None else decode_features
+                )
+            logits = self._first(self._scaled(torch.cat([part.float() for part in parts], -1)))
         loss = None
         if labels is not None:
             losses = self._loss(logits, labels, censored)
             share = torch.ones_like(losses) if weights is None else weights.to(losses)
             loss = (losses * share).sum() / share.sum().clamp(min=1e-12)
         return LengthPredictorOutput(loss=loss, logits=logits)
+
+    def _scaled(self, x: Tensor, low: int = 0) -> Tensor:
+        """Bring what goes in to one scale."""
+        chosen = slice(low, low + x.shape[-1])
+        dtype = self.out.weight.dtype
+        return (x.to(dtype) - self.input_mean[chosen]) / self.input_scale[chosen]
+
+    def _first(self, x: Tensor) -> Tensor:
+        if self.config.head != "linear":
+            x = self.dropout(self.norm(self.inner(x)).relu())
+        return self.out(x).float()
+
+    def _second(self, x: Tensor) -> Tensor:
+        x = self.step_norm(self.step_inner(self.dropout(x))).relu()
+        return self.step_out(self.dropout(x)).float()
 
     def _loss(self, logits: Tensor, labels: Tensor, censored: Tensor | None) -> Tensor:
         weight = self.config.weight
@@ -172,25 +216,37 @@ class LengthPredictor(PreTrainedModel):
 
     def folded(self, device: torch.device) -> Folded:
         """Return the head split into what a prompt and what a step decides, float32."""
-        first = self.out if self.config.head == "linear" else self.inner
-        with torch.no_grad():
-            weight = first.weight.float().to(device) / self.input_scale.float().to(device)
-            bias = first.bias.float().to(device) - weight @ self.input_mean.float().to(device)
-            tail = {
-                name: value.detach().float().to(device).contiguous()
-                for name, value in (
-                    ("gain", getattr(self, "norm", self.out).weight),
-                    ("shift", getattr(self, "norm", self.out).bias),
-                    ("out_weight", self.out.weight),
-                    ("out_bias", self.out.bias),
-                )
-            }
-        step = weight[:, self.prompt_size :].contiguous()
-        eps = float(getattr(getattr(self, "norm", None), "eps", 0.0))
+        if self.config.head == "linear":
+            weight, bias, head = self._fold(self.out, None, self.out, 0, device)
+        else:
+            weight, bias, head = self._fold(self.inner, self.norm, self.out, 0, device)
+        split = self.prompt_size
+        first = head._replace(weight=weight[:, split:].contiguous())
+        step = step_bias = None
+        if self.two_heads:
+            _, step_bias, step = self._fold(
+                self.step_inner, self.step_norm, self.step_out, split, device
+            )
         return Folded(
-            weight[:, : self.prompt_size].contiguous(), bias,
-            StepHead(weight=step, eps=eps, **tail), self.config.head == "linear",
+            weight[:, :split].contiguous(), bias, first, self.config.head == "linear", step,
+            step_bias,
         )  # fmt: skip
+
+    @torch.no_grad()
+    def _fold(
+        self, inner: nn.Linear, norm: nn.LayerNorm | None, out: nn.Linear, low: int,
+        device: torch.device,
+    ) -> tuple[Tensor, Tensor, StepHead]:  # fmt: skip
+        """Return a first layer on unscaled input from column ``low`` on, and a head with it."""
+        chosen = slice(low, low + inner.in_features)
+        weight = inner.weight.float().to(device) / self.input_scale[chosen].float().to(device)
+        bias = inner.bias.float().to(device) - weight @ self.input_mean[chosen].float().to(device)
+        gain, shift, out_weight, out_bias = (
+            value.detach().float().to(device).contiguous()
+            for value in ((norm or out).weight, (norm or out).bias, out.weight, out.bias)
+        )
+        eps = 0.0 if norm is None else float(norm.eps)
+        return weight, bias, StepHead(weight.contiguous(), gain, shift, out_weight, out_bias, eps)
 
     def distribution(self, logits: Tensor, *, time: int = 0) -> LengthDistribution:
         """Return the distribution that logits ``(N, K)`` stand for, calibrated if that was done."""

@@ -14,6 +14,7 @@ from forelen.fingerprint import check_sampling, sampling_of
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from forelen.binning import Bins
     from forelen.distribution import LengthDistribution
     from forelen.modeling_forelen import LengthPredictor
     from forelen.reading import ModelReader
@@ -40,6 +41,9 @@ class StepFeatures:
         device: Of the states.
         prompt: float ``(B, p)``, the prompts' share of a head's first layer.
         head: The rest of the head, to predict with.
+        first: float ``(B, K)``, what was predicted before the answers began, if what it leaves
+            possible weighs the head's probabilities.
+        bins: Of it.
     """
 
     def __init__(
@@ -52,7 +56,11 @@ class StepFeatures:
         device: torch.device,
         prompt: Tensor | None = None,
         head: StepHead | None = None,
+        first: Tensor | None = None,
+        bins: Bins | None = None,
     ) -> None:
+        self.first, self.bins = first, bins
+        self.edges = None if first is None or bins is None else bins.closed_edges().to(first)
         self.state = PoolState.empty(rows, width, device=device)
         self.features = torch.zeros(rows, 2 * width + 4, device=device)
         self.numbers = torch.zeros(rows, 4, device=device)
@@ -121,10 +129,14 @@ class StepFeatures:
         # an end token that cannot come has no logarithm
         new = torch.stack([time, entropy, average, log_eos.clamp(min=-30.0)], -1)
         self.numbers.copy_(torch.where(self.active[:, None], new, self.numbers))
-        return plp_step(
+        probs = plp_step(
             self.state, hidden, entropy, self.numbers, self.active, self.features,
             prompt=self.prompt, head=self.head if predict else None,
         )  # fmt: skip
+        if probs is None or self.first is None or self.bins is None:
+            return probs
+        joint = probs * self.bins.remaining(self.first, self.counts, self.edges)
+        return joint / joint.sum(-1, keepdim=True)
 
 
 class LengthStream:
@@ -248,10 +260,17 @@ class LengthStream:
         config = self.reader.model.generation_config
         eos = list(self._options.get("eos_token_id") or [])
         pad = getattr(config, "pad_token_id", None)
+        folded = self._folded
+        options: dict[str, Any] = {}
+        if folded.step is not None and folded.step_bias is not None:
+            share = folded.step_bias.expand(len(found), -1).contiguous()
+            options = {"prompt": share, "head": folded.step, "first": self._initial,
+                       "bins": predictor.bins}  # fmt: skip
+        elif predictor.config.plp:
+            options = {"prompt": self._prompt, "head": folded.head}
         self._steps = StepFeatures(
             len(found), states[-1].shape[-1], eos=eos, device=found.device,
-            stops=[*eos, *([] if pad is None else [int(pad)])], prompt=self._prompt,
-            head=self._folded.head if predictor.config.plp else None,
+            stops=[*eos, *([] if pad is None else [int(pad)])], **options,
         )  # fmt: skip
         self._notify(0)
 

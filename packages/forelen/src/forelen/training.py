@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from forelen.distribution import LengthDistribution
     from forelen.store import Collected
 
-#: Ages from which answers are calibrated apart.
-AGES = (0, 1, 16, 64, 256)
+#: Ages from which answers are calibrated apart: each twice the last.
+AGES = (0, *(1 << power for power in range(24)))
 #: Prompts that a part of a calibration has at least.
 FEWEST = 40
 _BATCH = 8192
@@ -69,15 +69,23 @@ def new_predictor(found: Collected, **settings: Any) -> LengthPredictor:
 def _fit_scales(predictor: LengthPredictor, rows: LengthDataset) -> None:
     """Set what brings each number that goes in to mean 0 and deviation 1, over the rows."""
     chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:20_000]
-    batch = rows.batch(chosen)
-    parts = [batch["prompt_features"]]
-    if "decode_features" in batch:
-        parts.append(batch["decode_features"])
-    x = torch.cat(parts, -1).double()
-    x = torch.where(x.isfinite(), x, 0.0)
+    parts = [rows.batch(chosen)["prompt_features"]]
+    if predictor.config.plp:
+        later = chosen[rows.time[chosen] > 0] if predictor.two_heads else chosen
+        parts.append(rows.batch(later)["decode_features"])
+    moments = [_moments(part) for part in parts]
+    mean, scale = (torch.cat(found) for found in zip(*moments, strict=True))
+    predictor.input_mean.copy_(mean)
+    predictor.input_scale.copy_(scale)
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean and the deviation, 1 where there is none, of each column."""
+    if len(x) < 2:
+        return torch.zeros(x.shape[1]), torch.ones(x.shape[1])
+    x = torch.where(x.isfinite(), x, 0.0).double()
     scale = x.std(0)
-    predictor.input_mean.copy_(x.mean(0).float())
-    predictor.input_scale.copy_(torch.where(scale > 1e-6, scale, 1.0).float())
+    return x.mean(0).float(), torch.where(scale > 1e-6, scale, 1.0).float()
 
 
 def train(
@@ -160,9 +168,8 @@ def predict_rows(
     logits = [torch.empty(0, len(predictor.bins))]
     for low in range(0, len(chosen), _BATCH):
         batch = rows.batch(chosen[low : low + _BATCH])
-        arguments = {
-            k: batch[k].to(device) for k in ("prompt_features", "decode_features") if k in batch
-        }
+        names = ("prompt_features", "decode_features", "times")
+        arguments = {name: batch[name].to(device) for name in names if name in batch}
         logits.append(predictor(**arguments).logits.cpu())
     return predictor.distribution(torch.cat(logits), time=time)
 
