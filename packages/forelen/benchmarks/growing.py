@@ -34,7 +34,7 @@ from shared_kernels.bench import describe_run
 from shared_kernels.files import write_text
 from study import FOLDS, fill_block, folds
 
-EPOCHS = 8
+EPOCHS = 6
 TIMES = (0, 1, 16, 32, 64, 128, 256)
 
 
