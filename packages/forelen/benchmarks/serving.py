@@ -1,12 +1,16 @@
-"""Continuous batching of transformers with and without predicted lengths, on one GPU.
+"""Continuous batching of transformers with and without predicted lengths.
 
-64 requests wait for 16 places. Lengths are those of real answers of SmolLM2-135M-Instruct to
-test prompts, replayed: a request ends after as many tokens as its answer had, which the scheduler
-does not see. It sees predictions of a predictor trained on other prompts (the store of the tour).
-Prompts are random tokens of the real number, and weights those of SmolLM2's shape at random: what
-is made does not matter, only when. ``shuffled`` gives each request another's prediction.
+64 requests wait for 16 places. Lengths are those of real answers to test prompts of a store,
+replayed: a request ends after as many tokens as its answer had, which the scheduler does not see.
+It sees predictions of a predictor that was trained on other prompts of the store; one arm gives
+each request another's. Prompts are random tokens of the real number, and weights random: what is
+made does not matter, only when.
+
+Times are in seconds and in passes of the model, which do not depend on the machine; without a GPU
+the model is a small one, and passes are what to look at.
 
 Run: ``python benchmarks/serving.py STORE OUT.json`` (with shared-kernels and forelen on the path).
+With a README instead of STORE, its table is filled from OUT.
 """
 
 from __future__ import annotations
@@ -19,9 +23,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
+from study import fill_block
 
 SLOTS, REQUESTS = 16, 64
 
@@ -29,12 +35,15 @@ SLOTS, REQUESTS = 16, 64
 def model(device):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
-        num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192,
-    )  # fmt: skip
+    shape = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64,
+             "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
+    if device == "cuda":
+        shape = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+                 "num_attention_heads": 9, "num_key_value_heads": 3}  # fmt: skip
+    config = LlamaConfig(max_position_embeddings=8192, **shape)
     torch.manual_seed(0)
-    return LlamaForCausalLM(config).to(device, torch.bfloat16).eval()
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    return LlamaForCausalLM(config).to(device, dtype).eval()
 
 
 def predictor(found):
@@ -52,21 +61,56 @@ def predictor(found):
     return calibrate(made, found.split("calibration"))
 
 
+@contextlib.contextmanager
+def counted():
+    """Count the passes of a server that runs within this, and at which a request ended."""
+    from transformers.generation.continuous_batching import scheduler as theirs
+
+    class Passes:
+        total = 0
+        ended: ClassVar[dict[str, int]] = {}
+
+    schedule, finish = theirs.FIFOScheduler.schedule_batch, theirs.Scheduler.finish_request
+    Passes.ended.clear()
+
+    def schedule_batch(self, *args, **options):
+        found = schedule(self, *args, **options)
+        Passes.total += bool(found[0])
+        return found
+
+    def finish_request(self, request_id, *args, **options):
+        Passes.ended[request_id] = Passes.total
+        return finish(self, request_id, *args, **options)
+
+    theirs.FIFOScheduler.schedule_batch = schedule_batch
+    theirs.Scheduler.finish_request = finish_request
+    try:
+        yield Passes
+    finally:
+        theirs.FIFOScheduler.schedule_batch = schedule
+        theirs.Scheduler.finish_request = finish
+
+
 def serve(net, scheduler, prompts, lengths, law, aging):
-    from forelen.schedule import LengthTable, check_live, scheduled
+    from forelen.schedule import LengthTable, check_live, plan_order, scheduled
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
+    graphs = {}
+    if net.device.type == "cuda":
+        # without them a pass of 5.17 took 100 ms on the machine of the results
+        graphs = {"use_cuda_graph": True, "q_padding_interval_size": 64,
+                  "kv_padding_interval_size": 2048}  # fmt: skip
     config = ContinuousBatchingConfig(
         scheduler_type=scheduler, max_requests_per_batch=SLOTS, allow_block_sharing=False,
-        max_batch_tokens=256, num_blocks=8 * SLOTS, use_cuda_graph=True,
-        q_padding_interval_size=64, kv_padding_interval_size=2048,
+        max_batch_tokens=256, num_blocks=8 * SLOTS, **graphs,
     )  # fmt: skip
     generation = GenerationConfig(max_new_tokens=512, do_sample=False, eos_token_id=-1)
     table = LengthTable(aging=aging)
-    table.put(prompts, law)
-    torch.cuda.synchronize()
+    order = plan_order(law, SLOTS, cap=512) if scheduler == "forelen_plan" else None
+    table.put(prompts, law, order)
     with (
         scheduled(table),
+        counted() as passes,
         net.continuous_batching_context_manager(
             generation_config=generation, continuous_batching_config=config, block=True, timeout=5
         ) as manager,
@@ -87,10 +131,42 @@ def serve(net, scheduler, prompts, lengths, law, aging):
     assert [len(ended[n].generated_tokens) for n in names] == [int(x) for x in lengths]
     done = np.array([ended[name].lifespan[1] - began for name in names])
     start = np.array([ended[name].lifespan[0] - began for name in names])
+    at = np.array([passes.ended[name] for name in names])
     return {
+        "makespan_passes": float(at.max()), "mean_completion_passes": float(at.mean()),
         "makespan": float(done.max()), "mean_completion": float(done.mean()),
         "p99_completion": float(np.quantile(done, 0.99)), "longest_wait": float(start.max()),
     }  # fmt: skip
+
+
+def fill(readme, document):
+    columns = {
+        "makespan_passes": "all done, passes",
+        "mean_completion_passes": "mean completion, passes",
+        "makespan": "all done, s",
+        "mean_completion": "mean completion, s",
+    }
+    lines = [
+        f"| order of start | {' | '.join(columns.values())} |",
+        "|---|" + "--:|" * len(columns),
+    ]
+    for name, row in document["arms"].items():
+        cells = []
+        for key in columns:
+            low, high = row[key]["ratio_interval"]
+            cells.append(f"{row[key]['ratio']:.3f} ({low:.2f} to {high:.2f})")
+        if name == "first come, first served":
+            cells = [f"{row[key]['median']:.4g} = 1" for key in columns]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    work, run = document["workload"], document["provenance"]
+    machine = run["gpu"]["name"] if run.get("gpu") else "a CPU"
+    lines += [
+        "",
+        f"Medians of {work['rounds']} queues, over first come, first served; {machine}; torch "
+        f"{run['versions']['torch']}, transformers {run['versions']['transformers']}; commit "
+        f"{(run['commit'] or '')[:12]}; {run['date'][:10]}.",
+    ]
+    fill_block(readme, "serving", lines)
 
 
 def main():
@@ -99,67 +175,76 @@ def main():
     from forelen.store import FeatureStore
     from forelen.training import predict_rows
     from shared_kernels.bench import describe_run
+    from shared_kernels.files import write_text
 
     parser = argparse.ArgumentParser()
-    parser.add_argument("store")
+    parser.add_argument("store", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
+    if arguments.store.suffix == ".md":
+        fill(arguments.store, json.loads(arguments.out.read_text(encoding="utf-8")))
+        return
     found = FeatureStore(arguments.store).load()
     head, test = predictor(found), found.split("test")
     siblings = test.lengths.shape[1]
     rows = LengthDataset(test, head.config, steps=False)
-    net = model("cuda")
+    net = model("cuda" if torch.cuda.is_available() else "cpu")
     warm = [[3 + n] * 40 for n in range(SLOTS)]
     one = predict_rows(head, rows, chosen=torch.arange(SLOTS))
     serve(net, "fifo", warm, [16] * SLOTS, one, aging=20.0)
     rng = np.random.default_rng(0)
     arms = {
-        "fifo": "fifo", "longest first": "forelen_lpt", "shortest first": "forelen_sjf",
-        "longest first, shuffled": "forelen_lpt",
+        "first come, first served": "fifo",
+        "planned": "forelen_plan",
+        "shortest first": "forelen_sjf",
+        "longest first": "forelen_lpt",
+        "planned, another's prediction": "forelen_plan",
         "longest first, true lengths": "forelen_lpt",
-    }  # fmt: skip
+    }
     results = {name: [] for name in arms}
     for number in range(arguments.rounds):
         chosen = torch.tensor(rng.choice(len(test) * siblings, REQUESTS, replace=False))
         lengths = test.lengths.flatten()[chosen].numpy()
         counts = test.prompt_tokens[chosen // siblings].tolist()
-        prompts = [rng.integers(3, 49000, n).tolist() for n in counts]
+        prompts = [rng.integers(3, 500, n).tolist() for n in counts]
         law = predict_rows(head, rows, chosen=chosen)
         exact = Bins(tuple(map(float, range(513))))
         truth = LengthDistribution(torch.eye(512).double()[lengths - 1], exact)
         for name, scheduler in arms.items():
             known = truth if "true" in name else law
-            if "shuffled" in name:
+            if "another" in name:
                 known = law[torch.randperm(len(law)).tolist()]
             outcome = serve(net, scheduler, prompts, lengths, known, aging=20.0)
             results[name].append(outcome)
             print(number, name, {k: round(v, 2) for k, v in outcome.items()}, file=sys.stderr)
     summary = {}
+    base = results["first come, first served"]
     for name, outcomes in results.items():
-        summary[name] = {
-            key: {
+        summary[name] = {}
+        for key in outcomes[0]:
+            ratios = [o[key] / f[key] for o, f in zip(outcomes, base, strict=True)]
+            draws = np.random.default_rng(0).choice(ratios, (1000, len(ratios)))
+            summary[name][key] = {
                 "median": statistics.median(o[key] for o in outcomes),
-                "ratio_to_fifo": statistics.median(
-                    o[key] / f[key] for o, f in zip(outcomes, results["fifo"], strict=True)
-                ),
+                "ratio": statistics.median(ratios),
+                "ratio_interval": np.quantile(np.median(draws, 1), [0.025, 0.975]).tolist(),
                 "all": [o[key] for o in outcomes],
             }
-            for key in outcomes[0]
-        }
     document = {
         "workload": {
             "slots": SLOTS,
             "requests": REQUESTS,
             "rounds": arguments.rounds,
             "aging": 20.0,
+            "store": {key: found.header[key] for key in ("model", "sampling")},
         },
-        **describe_run("python packages/forelen/benchmarks/serving.py STORE OUT"),
+        "provenance": describe_run("packages/forelen/benchmarks/serving.py"),
         "arms": summary,
     }
-    arguments.out.write_text(json.dumps(document, indent=1, default=str) + "\n")
+    write_text(arguments.out, json.dumps(document, indent=1) + "\n")
     for name, found_ in summary.items():
-        print(name, {k: round(v["ratio_to_fifo"], 3) for k, v in found_.items()})
+        print(name, {k: round(v["ratio"], 3) for k, v in found_.items()})
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from forelen.schedule import (
     LengthTable,
     check_live,
     generate_batch,
+    plan_order,
     register_transformers_schedulers,
     scheduled,
 )
@@ -55,9 +56,10 @@ def test_the_order():
     prompts = [[1, n] for n in range(4)]
     orders = {"forelen_sjf": [1, 3, 0, 2], "forelen_lpt": [2, 0, 3, 1]}
     orders["forelen_gittins"] = orders["forelen_sjf"]
+    orders["forelen_plan"] = [3, 0, 2, 1]
     for name, order in orders.items():
         table = LengthTable(aging=10.0)
-        table.put(prompts, points(lengths))
+        table.put(prompts, points(lengths), [3, 0, 2, 1])
         scheduler = make(name, table)
         assert table.live == [name]
         for number, ids in enumerate(prompts):
@@ -131,19 +133,28 @@ def test_another_scheduler_is_noticed():
 @pytest.mark.gpu
 @pytest.mark.parametrize("objective", ["makespan", "latency"])
 def test_answers_start_in_order_on_a_gpu(cuda, objective):
+    answers_start_in_order(tiny_model("llama", dtype=torch.bfloat16).to(cuda), objective)
+
+
+@pytest.mark.parametrize("objective", ["makespan", "latency"])
+def test_answers_start_in_order(objective):
+    answers_start_in_order(tiny_model("llama"), objective)
+
+
+def answers_start_in_order(model, objective):
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
-    model = tiny_model("llama", dtype=torch.bfloat16).to(cuda)
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(3, 96, (12, 6), generator=generator).tolist()
     lengths = np.random.default_rng(0).permutation(np.arange(4, 64, 5)).tolist()
-    config = ContinuousBatchingConfig(max_requests_per_batch=2, max_memory_percent=0.05)
+    blocks = {"num_blocks": 64, "max_batch_tokens": 64}
+    config = ContinuousBatchingConfig(max_requests_per_batch=2, **blocks)
     generation = GenerationConfig(
         max_new_tokens=8, do_sample=False, eos_token_id=-1, pad_token_id=0
     )
     plain = model.generate_batch(
         inputs=prompts, generation_config=generation,
-        continuous_batching_config=ContinuousBatchingConfig(max_memory_percent=0.05),
+        continuous_batching_config=ContinuousBatchingConfig(**blocks),
     )  # fmt: skip
     found = generate_batch(
         model, prompts, points(lengths), objective=objective, continuous_batching_config=config,
@@ -152,7 +163,10 @@ def test_answers_start_in_order_on_a_gpu(cuda, objective):
     outputs = sorted(found.values(), key=lambda output: output.lifespan[0])
     by_prompt = {tuple(ids): length for ids, length in zip(prompts, lengths, strict=True)}
     started = [by_prompt[tuple(output.prompt_ids)] for output in outputs]
-    assert started == sorted(lengths, reverse=objective == "makespan")
+    expected = sorted(lengths)
+    if objective == "makespan":
+        expected = [lengths[row] for row in plan_order(points(lengths), 2, cap=8)]
+    assert started == expected
     answers = {tuple(o.prompt_ids): o.generated_tokens for o in found.values()}
     for output in plain.values():
         assert answers[tuple(output.prompt_ids)] == output.generated_tokens
@@ -175,6 +189,12 @@ def test_priorities_for_vllm():
     engine = Engine("priority")
     assert vllm_generate(engine, ["a", "b", "c"], points([30, 5, 60])) == ["a", "b", "c"]
     assert engine.priority == [30, 5, 60]
+    vllm_generate(engine, ["a", "b", "c"], points([30, 5, 9]), order=[2, 0, 1])
+    assert engine.priority == [1, 2, 0]
+    with pytest.raises(ValueError, match="order"):
+        vllm_generate(engine, ["a", "b"], points([30, 5]), order=[1, 1])
+    with pytest.raises(ValueError, match="order"):
+        LengthTable().put([[1], [2]], points([30, 5]), [0])
     vllm_generate(engine, ["a", "b"], points([30, 5]), objective="makespan")
     assert engine.priority == [-30, -5]
     with pytest.raises(ValueError, match="scheduling_policy"):

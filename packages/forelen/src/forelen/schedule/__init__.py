@@ -1,6 +1,7 @@
 """What to do with a predicted length: which answers to make together, and which first."""
 
 from forelen.schedule.batching import LengthAwareBatchSampler, padding_ratio, plan_batches
+from forelen.schedule.order import plan_order
 from forelen.schedule.priority import gittins_index, priority
 from forelen.schedule.simulator import Outcome, Trace, simulate
 from forelen.schedule.transformers_cb import (
@@ -21,6 +22,7 @@ __all__ = [
     "gittins_index",
     "padding_ratio",
     "plan_batches",
+    "plan_order",
     "priority",
     "register_transformers_schedulers",
     "scheduled",

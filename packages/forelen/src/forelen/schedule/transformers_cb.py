@@ -1,9 +1,10 @@
 """Schedulers for the continuous batching of transformers that start answers by predicted length.
 
 A request waits in the order of ``length + aging * arrival`` (``forelen_sjf``), ``-length + ...``
-(``forelen_lpt``) or of the reciprocal Gittins index (``forelen_gittins``), which never changes
-while it waits, so it is put into its place once. Requests that nothing is known of count as
-average; if nothing is known of any, the order is first come, first served.
+(``forelen_lpt``), of the reciprocal Gittins index (``forelen_gittins``) or of a plan made before
+(``forelen_plan``), which never changes while it waits, so it is put into its place once. Requests
+that nothing is known of count as average; if nothing is known of any, the order is first come,
+first served.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from shared_kernels._checks import check_choice, message
 
+from forelen.schedule.order import plan_order
 from forelen.schedule.priority import gittins_index
 
 if TYPE_CHECKING:
@@ -24,9 +26,11 @@ if TYPE_CHECKING:
 
     from forelen.distribution import LengthDistribution
 
-SCHEDULERS = ("forelen_sjf", "forelen_lpt", "forelen_gittins")
-OBJECTIVES = {"makespan": "forelen_lpt", "latency": "forelen_sjf"}
-"""Longest first keeps all places busy to the end; shortest first lets most wait little."""
+SCHEDULERS = ("forelen_sjf", "forelen_lpt", "forelen_gittins", "forelen_plan")
+OBJECTIVES = {"makespan": "forelen_plan", "latency": "forelen_sjf"}
+"""`plan_order` lets the last answer end soon; shortest first lets most wait little."""
+#: Requests at a time that transformers takes if nothing is said.
+_SLOTS = 1024
 #: Tokens that a second of waiting makes up for.
 AGING = 20.0
 
@@ -50,13 +54,31 @@ class LengthTable:
         self._lock = threading.Lock()
         self._mean: dict[tuple[int, ...], float] = {}
         self._effective: dict[tuple[int, ...], float] = {}
+        self._planned: dict[tuple[int, ...], float] = {}
         self.live: list[str] = []
 
-    def put(self, prompts: Sequence[Sequence[int]], found: LengthDistribution) -> None:
-        """Enter the predictions of prompts, one row each."""
+    def put(
+        self,
+        prompts: Sequence[Sequence[int]],
+        found: LengthDistribution,
+        order: Sequence[int] | None = None,
+    ) -> None:
+        """Enter the predictions of prompts, one row each.
+
+        Args:
+            prompts: Tokens of each prompt.
+            found: The predicted length of each answer.
+            order: As `plan_order` returns it, for ``forelen_plan``.
+
+        Raises:
+            ValueError: Not a prediction for each prompt, or an order that is none.
+        """
         if len(prompts) != len(found):
             remedy = "predict each prompt once"
             raise ValueError(message("found", f"{len(prompts)} rows", len(found), remedy))
+        if order is not None and sorted(order) != list(range(len(prompts))):
+            remedy = "take that of plan_order(found, slots)"
+            raise ValueError(message("order", f"rows 0 to {len(prompts) - 1}", order, remedy))
         means = found.mean().tolist()
         pmf = found.tokens(found.end()).cpu().numpy()
         with self._lock:
@@ -64,11 +86,24 @@ class LengthTable:
                 key = tuple(map(int, ids))
                 self._mean[key] = mean
                 self._effective[key] = 1 / max(gittins_index(row), 1e-9)
+            # places in tokens, so that waiting counts as it does among lengths
+            step = float(np.mean(means)) if means else 0.0
+            for place, row in enumerate(() if order is None else order):
+                self._planned[tuple(map(int, prompts[row]))] = place * step
 
-    def length(self, ids: Sequence[int], *, effective: bool = False) -> float:
-        """Return the mean length of a prompt's answer, or one over its Gittins index."""
+    def length(self, ids: Sequence[int], kind: str = "mean") -> float:
+        """Return what a request is placed by, in tokens.
+
+        Args:
+            ids: Tokens of the prompt.
+            kind: ``mean``, the predicted length; ``effective``, one over its Gittins index; or
+                ``planned``, its place in the plan times a mean length.
+        """
         with self._lock:
-            table = self._effective if effective else self._mean
+            tables = {
+                "mean": self._mean, "effective": self._effective, "planned": self._planned,
+            }  # fmt: skip
+            table = tables[kind]
             found = table.get(tuple(map(int, ids)))
             if found is None:
                 found = float(np.mean(list(table.values()))) if table else 0.0
@@ -79,7 +114,7 @@ _table: LengthTable | None = None
 
 
 def register_transformers_schedulers() -> None:
-    """Add ``forelen_sjf``, ``forelen_lpt`` and ``forelen_gittins`` to those of transformers.
+    """Add ``forelen_sjf``, ``_lpt``, ``_gittins`` and ``_plan`` to those of transformers.
 
     ``ContinuousBatchingConfig(scheduler_type=...)`` names one; they need a table, see `scheduled`.
     """
@@ -93,7 +128,7 @@ def register_transformers_schedulers() -> None:
 
         name = ""
         sign = 0.0
-        effective = False
+        kind = "mean"
 
         def __init__(self, *args: Any, **options: Any) -> None:
             self._keys: dict[str, float] = {}
@@ -108,7 +143,7 @@ def register_transformers_schedulers() -> None:
             if self._table is None:
                 return
             ids = state.initial_tokens[: state._true_initial_tokens or None]
-            length = self._table.length(ids, effective=self.effective)
+            length = self._table.length(ids, self.kind)
             request = state.request_id
             self._keys[request] = self.sign * length + self._table.aging * state.created_time
             order = list(self.waiting_requests_order)
@@ -122,12 +157,13 @@ def register_transformers_schedulers() -> None:
             super().finish_request(request_id, *args, **options)
 
     mapping: dict[str, Any] = theirs.SCHEDULER_MAPPING
-    for name, sign, effective in (
-        ("forelen_sjf", 1.0, False),
-        ("forelen_lpt", -1.0, False),
-        ("forelen_gittins", 1.0, True),
+    for name, sign, kind in (
+        ("forelen_sjf", 1.0, "mean"),
+        ("forelen_lpt", -1.0, "mean"),
+        ("forelen_gittins", 1.0, "effective"),
+        ("forelen_plan", 1.0, "planned"),
     ):
-        made = {"name": name, "sign": sign, "effective": effective}
+        made = {"name": name, "sign": sign, "kind": kind}
         mapping[name] = type(name, (LengthScheduler,), made)
 
 
@@ -183,7 +219,8 @@ def generate_batch(
         model: A transformers model.
         prompts: Tokens of each prompt.
         found: The predicted length of each answer.
-        objective: ``makespan``: longest first; ``latency``: shortest first.
+        objective: ``makespan``: as `plan_order` says for the places of the config, its
+            ``max_requests_per_batch``; ``latency``: shortest first.
         aging: Tokens that a second of waiting makes up for.
         continuous_batching_config: Of transformers; its scheduler is set.
         **options: Of ``generate_batch``.
@@ -200,7 +237,12 @@ def generate_batch(
     config = continuous_batching_config or ContinuousBatchingConfig()
     config.scheduler_type = OBJECTIVES[objective]
     table = LengthTable(aging=aging)
-    table.put(prompts, found)
+    order = None
+    if objective == "makespan":
+        generation = options.get("generation_config") or model.generation_config
+        cap = options.get("max_new_tokens", generation.max_new_tokens)
+        order = plan_order(found, config.max_requests_per_batch or _SLOTS, cap=cap)
+    table.put(prompts, found, order)
     with scheduled(table):
         output = model.generate_batch(
             inputs=[list(ids) for ids in prompts], continuous_batching_config=config, **options

@@ -23,6 +23,7 @@ def generate(
     *,
     objective: str = "latency",
     aging: float = 20.0,
+    order: Sequence[int] | None = None,
     **options: Any,
 ) -> list[Any]:
     """Answer prompts with ``LLM.generate(..., priority=...)``.
@@ -37,10 +38,12 @@ def generate(
         sampling_params: Of vLLM.
         objective: ``latency``: shortest first; ``makespan``: longest first.
         aging: Tokens that a second of waiting makes up for.
+        order: As `forelen.schedule.plan_order` returns it, instead of an objective.
         **options: Of ``LLM.generate``.
 
     Raises:
-        ValueError: The engine ignores priorities, or there is not one prediction for each prompt.
+        ValueError: The engine ignores priorities, there is not one prediction for each prompt,
+            or the order is none.
     """
     if len(prompts) != len(found):
         remedy = "predict each prompt once"
@@ -51,6 +54,12 @@ def generate(
     if policy != "priority":
         remedy = 'make it by LLM(..., scheduling_policy="priority")'
         raise ValueError(message("llm", "an engine that schedules by priority", policy, remedy))
-    arrival = np.zeros(len(prompts))
-    values = priority(found, arrival, aging=aging, objective=objective).tolist()
+    if order is None:
+        arrival = np.zeros(len(prompts))
+        values = priority(found, arrival, aging=aging, objective=objective).tolist()
+    elif sorted(order) == list(range(len(prompts))):
+        values = np.argsort(order).tolist()
+    else:
+        remedy = "take that of plan_order(found, slots)"
+        raise ValueError(message("order", f"rows 0 to {len(prompts) - 1}", order, remedy))
     return llm.generate(prompts, sampling_params, priority=values, **options)
