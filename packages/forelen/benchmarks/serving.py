@@ -35,12 +35,10 @@ SLOTS, REQUESTS = 16, 64
 def model(device):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    shape = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64,
-             "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
-    if device == "cuda":
-        shape = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-                 "num_attention_heads": 9, "num_key_value_heads": 3}  # fmt: skip
-    config = LlamaConfig(max_position_embeddings=8192, **shape)
+    shape = (512, 32, 64, 1, 2, 1) if device == "cpu" else (49152, 576, 1536, 30, 9, 3)
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+             "num_attention_heads", "num_key_value_heads")  # fmt: skip
+    config = LlamaConfig(max_position_embeddings=8192, **dict(zip(names, shape, strict=True)))
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     return LlamaForCausalLM(config).to(device, dtype).eval()
@@ -211,7 +209,8 @@ def main():
         law = predict_rows(head, rows, chosen=chosen)
         exact = Bins(tuple(map(float, range(513))))
         truth = LengthDistribution(torch.eye(512).double()[lengths - 1], exact)
-        for name, scheduler in arms.items():
+        for name in rng.permutation(list(arms)).tolist():
+            scheduler = arms[name]
             known = truth if "true" in name else law
             if "another" in name:
                 known = law[torch.randperm(len(law)).tolist()]
