@@ -162,6 +162,16 @@ def test_more_work_takes_longer():
     assert 4 < min(measured["large"].seconds) / min(measured["small"].seconds) < 16
 
 
+def test_seconds_that_an_arm_returns():
+    arms = [Arm(name=name, fn=lambda s=s: s) for name, s in (("a", 2.5), ("b", 0.5))]
+    found = measure(workload(*arms, clock="returned"), Plan(min_rounds=4, max_rounds=4))
+    assert found["a"].seconds == [2.5] * 4
+    assert found["b"].seconds == [0.5] * 4
+    arms = [Arm(name=name, fn=lambda: None) for name in "ab"]
+    with pytest.raises(TypeError, match="returned.*None"):
+        measure(workload(*arms, clock="returned"))
+
+
 def test_the_clock_fits_the_device():
     assert isinstance(make_clock(workload(*logging_arms("ab", []))), WallClock)
 
