@@ -168,7 +168,7 @@ def test_seconds_that_an_arm_returns():
     assert found["a"].seconds == [2.5] * 4
     assert found["b"].seconds == [0.5] * 4
     arms = [Arm(name=name, fn=lambda: None) for name in "ab"]
-    with pytest.raises(TypeError, match="returned.*None"):
+    with pytest.raises(TypeError, match=r"returned.*None"):
         measure(workload(*arms, clock="returned"))
 
 
