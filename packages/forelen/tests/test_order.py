@@ -1,6 +1,7 @@
 """Orders of start: the optimum where all orders can be tried, and better than sorting elsewhere."""
 
 import itertools
+import time
 
 import numpy as np
 import pytest
@@ -57,6 +58,14 @@ def test_a_cap_and_free_places():
     order = plan_order(points([40, 5, 60, 7, 33]), 2, cap=4, steps=50)
     assert sorted(order) == list(range(5))
     assert span(order, [4] * 5, 2) == 12
+
+
+def test_a_long_queue_is_planned_in_seconds():
+    law = points(np.random.default_rng(0).integers(1, 65, 3000).tolist())
+    began = time.perf_counter()
+    order = plan_order(law, 1024)
+    assert time.perf_counter() - began < 60
+    assert sorted(order) == list(range(3000))
 
 
 def test_bad_input():
