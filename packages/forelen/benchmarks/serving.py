@@ -2,7 +2,7 @@
 
 64 requests wait for 16 places. Lengths are those of real answers to test prompts of a store,
 replayed: a request ends after as many tokens as its answer had, which the scheduler does not see.
-It sees predictions of a predictor that was trained on other prompts of the store; one arm gives
+It sees predictions of a predictor that was trained on other prompts of the store; two arms give
 each request another's. Prompts are random tokens of the real number, and weights random: what is
 made does not matter, only when.
 
@@ -30,6 +30,8 @@ import torch
 from study import fill_block
 
 SLOTS, REQUESTS = 16, 64
+CAP = 512
+TURN = CAP // 3
 
 
 def model(device):
@@ -61,22 +63,27 @@ def predictor(found):
 
 @contextlib.contextmanager
 def counted():
-    """Count the passes of a server that runs within this, and at which a request ended."""
+    """Count the passes of a server within this, and at which each request began and ended."""
     from transformers.generation.continuous_batching import scheduler as theirs
 
     class Passes:
         total = 0
+        began: ClassVar[dict[str, int]] = {}
         ended: ClassVar[dict[str, int]] = {}
 
     schedule, finish = theirs.FIFOScheduler.schedule_batch, theirs.Scheduler.finish_request
+    Passes.began.clear()
     Passes.ended.clear()
 
     def schedule_batch(self, *args, **options):
         found = schedule(self, *args, **options)
         Passes.total += bool(found[0])
+        for future in found[0] or ():
+            Passes.began.setdefault(future.state.request_id, Passes.total)
         return found
 
     def finish_request(self, request_id, *args, **options):
+        # the last time, if it was paused before
         Passes.ended[request_id] = Passes.total
         return finish(self, request_id, *args, **options)
 
@@ -102,9 +109,9 @@ def serve(net, scheduler, prompts, lengths, law, aging):
         scheduler_type=scheduler, max_requests_per_batch=SLOTS, allow_block_sharing=False,
         max_batch_tokens=256, num_blocks=8 * SLOTS, **graphs,
     )  # fmt: skip
-    generation = GenerationConfig(max_new_tokens=512, do_sample=False, eos_token_id=-1)
-    table = LengthTable(aging=aging)
-    order = plan_order(law, SLOTS, cap=512) if scheduler == "forelen_plan" else None
+    generation = GenerationConfig(max_new_tokens=CAP, do_sample=False, eos_token_id=-1)
+    table = LengthTable(aging=aging, turn=TURN)
+    order = plan_order(law, SLOTS, cap=CAP) if scheduler == "forelen_plan" else None
     table.put(prompts, law, order)
     with (
         scheduled(table),
@@ -128,12 +135,13 @@ def serve(net, scheduler, prompts, lengths, law, aging):
             check_live(manager, scheduler)
     assert [len(ended[n].generated_tokens) for n in names] == [int(x) for x in lengths]
     done = np.array([ended[name].lifespan[1] - began for name in names])
-    start = np.array([ended[name].lifespan[0] - began for name in names])
     at = np.array([passes.ended[name] for name in names])
     return {
         "makespan_passes": float(at.max()), "mean_completion_passes": float(at.mean()),
         "makespan": float(done.max()), "mean_completion": float(done.mean()),
-        "p99_completion": float(np.quantile(done, 0.99)), "longest_wait": float(start.max()),
+        "p99_completion": float(np.quantile(done, 0.99)),
+        "longest_wait_passes": float(max(passes.began[name] for name in names)),
+        "pauses": float(table.pauses),
     }  # fmt: skip
 
 
@@ -143,19 +151,21 @@ def fill(readme, document):
         "mean_completion_passes": "mean completion, passes",
         "makespan": "all done, s",
         "mean_completion": "mean completion, s",
+        "longest_wait_passes": "longest wait, passes",
     }
     lines = [
-        f"| order of start | {' | '.join(columns.values())} |",
-        "|---|" + "--:|" * len(columns),
+        f"| order | {' | '.join(columns.values())} | pauses |",
+        "|---|" + "--:|" * (len(columns) + 1),
     ]
     for name, row in document["arms"].items():
         cells = []
+        pauses = statistics.median(row["pauses"])
         for key in columns:
             low, high = row[key]["ratio_interval"]
             cells.append(f"{row[key]['ratio']:.3f} ({low:.2f} to {high:.2f})")
         if name == "first come, first served":
             cells = [f"{row[key]['median']:.4g} = 1" for key in columns]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {' | '.join(cells)} | {pauses:g} |")
     work, run = document["workload"], document["provenance"]
     machine = run["gpu"]["name"] if run.get("gpu") else "a CPU"
     lines += [
@@ -179,6 +189,7 @@ def main():
     parser.add_argument("store", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--leave-out", nargs="*", default=[], help="arms that are not run")
     arguments = parser.parse_args()
     if arguments.store.suffix == ".md":
         fill(arguments.store, json.loads(arguments.out.read_text(encoding="utf-8")))
@@ -194,12 +205,15 @@ def main():
     rng = np.random.default_rng(0)
     arms = {
         "first come, first served": "fifo",
+        "by turns": "forelen_turns",
+        "by turns, another's prediction": "forelen_turns",
         "planned": "forelen_plan",
         "shortest first": "forelen_sjf",
         "longest first": "forelen_lpt",
         "planned, another's prediction": "forelen_plan",
         "longest first, true lengths": "forelen_lpt",
     }
+    arms = {name: kind for name, kind in arms.items() if name not in arguments.leave_out}
     results = {name: [] for name in arms}
     for number in range(arguments.rounds):
         chosen = torch.tensor(rng.choice(len(test) * siblings, REQUESTS, replace=False))
@@ -207,8 +221,8 @@ def main():
         counts = test.prompt_tokens[chosen // siblings].tolist()
         prompts = [rng.integers(3, 500, n).tolist() for n in counts]
         law = predict_rows(head, rows, chosen=chosen)
-        exact = Bins(tuple(map(float, range(513))))
-        truth = LengthDistribution(torch.eye(512).double()[lengths - 1], exact)
+        exact = Bins(tuple(map(float, range(CAP + 1))))
+        truth = LengthDistribution(torch.eye(CAP).double()[lengths - 1], exact)
         for name in rng.permutation(list(arms)).tolist():
             scheduler = arms[name]
             known = truth if "true" in name else law
@@ -221,6 +235,7 @@ def main():
     base = results["first come, first served"]
     for name, outcomes in results.items():
         summary[name] = {}
+        summary[name]["pauses"] = [outcome.pop("pauses") for outcome in outcomes]
         for key in outcomes[0]:
             ratios = [o[key] / f[key] for o, f in zip(outcomes, base, strict=True)]
             draws = np.random.default_rng(0).choice(ratios, (1000, len(ratios)))
@@ -236,6 +251,7 @@ def main():
             "requests": REQUESTS,
             "rounds": arguments.rounds,
             "aging": 20.0,
+            "turn": TURN,
             "store": {key: found.header[key] for key in ("model", "sampling")},
         },
         "provenance": describe_run("packages/forelen/benchmarks/serving.py"),
@@ -243,7 +259,8 @@ def main():
     }
     write_text(arguments.out, json.dumps(document, indent=1) + "\n")
     for name, found_ in summary.items():
-        print(name, {k: round(v["ratio"], 3) for k, v in found_.items()})
+        print(name, {k: round(v["ratio"], 3) for k, v in found_.items() if k != "pauses"},
+              found_["pauses"])  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -66,6 +66,85 @@ def test_static_ageing_is_dynamic_ageing():
     assert static.longest_wait < none.longest_wait
 
 
+def turns_by_steps(lengths, arrivals, guess, slots, turn, resume, aging):
+    """One token a step; every answer is a record that is waiting, running or done."""
+    longest = max(turn, guess.max())
+    records = [
+        {
+            "r": r,
+            "made": 0,
+            "place": False,
+            "had": 0,
+            "hold": 0,
+            "since": arrivals[r],
+            "came": 0,
+            "end": None,
+        }
+        for r in range(len(lengths))
+    ]
+
+    def key(x):
+        score = guess[x["r"]] + x["made"] // turn * longest + aging * x["since"]
+        return (score, x["since"], x["r"])
+
+    now = pauses = came = 0
+    while any(x["end"] is None for x in records):
+        there = [x for x in records if x["end"] is None and arrivals[x["r"]] <= now]
+        for x in sorted((x for x in there if not x["place"]), key=key):
+            inside = [x for x in there if x["place"]]
+            if len(inside) == slots:
+                over = [o for o in inside if o["had"] >= turn and o["made"] - x["made"] >= turn]
+                if not over:
+                    break
+                out = max(over, key=lambda o: (o["made"], o["came"]))
+                out.update(place=False, had=0, since=now)
+                pauses += 1
+            came += 1
+            x.update(place=True, had=0, hold=resume if x["made"] else 0, came=came)
+        now += 1
+        for x in there:
+            if x["place"] and x["hold"]:
+                x["hold"] -= 1
+            elif x["place"]:
+                x["made"] += 1
+                x["had"] += 1
+                if x["made"] == lengths[x["r"]]:
+                    x.update(place=False, end=now)
+    return [x["end"] for x in records], pauses
+
+
+@pytest.mark.parametrize(("turn", "resume", "aging"), [(7, 0, 0.0), (7, 2, 0.0), (12, 1, 0.5)])
+@pytest.mark.parametrize("spread", [0, 60])
+def test_turns_against_steps(turn, resume, aging, spread):
+    rng = np.random.default_rng(7)
+    lengths, arrivals = rng.integers(1, 50, 40), rng.integers(0, spread + 1, 40).astype(float)
+    guess = np.maximum(1, lengths + rng.normal(0, 20, 40))
+    expected, pauses = turns_by_steps(lengths, arrivals, guess, 5, turn, resume, aging)
+    found = simulate(
+        Trace(lengths, arrivals), "turns", 5, predicted=guess, turn=turn, resume=resume, aging=aging
+    )
+    assert found.ends.tolist() == expected
+    assert found.pauses == pauses > 10
+
+
+def test_turns_do_without_good_predictions():
+    """All is done soon whatever was predicted; a turn as long as any answer pauses none."""
+    rng = np.random.default_rng(8)
+    ratios = {"right": [], "shuffled": []}
+    for _ in range(20):
+        lengths = np.where(rng.random(64) < 0.25, 512, np.minimum(rng.geometric(1 / 90, 64), 512))
+        trace = Trace.at_once(lengths)
+        plain = simulate(trace, "fifo", 16).makespan
+        for name, guess in (("right", lengths), ("shuffled", rng.permutation(lengths))):
+            found = simulate(trace, "turns", 16, predicted=guess)
+            ratios[name].append(found.makespan / plain)
+        whole = simulate(trace, "turns", 16, predicted=lengths, turn=512)
+        assert whole.pauses == 0
+        assert whole.ends.tolist() == simulate(trace, "sjf", 16, predicted=lengths).ends.tolist()
+    assert np.mean(ratios["right"]) < 0.9
+    assert np.mean(ratios["shuffled"]) < 0.9
+
+
 def test_gains_vanish_when_predictions_are_shuffled():
     rng = np.random.default_rng(5)
     ratios = {"right": [], "shuffled": []}
@@ -88,6 +167,10 @@ def test_bad_input():
         simulate(trace, "random", 2)
     with pytest.raises(ValueError, match="slots"):
         simulate(trace, "fifo", 0)
+    with pytest.raises(ValueError, match="turn"):
+        simulate(trace, "turns", 2, predicted=trace.lengths, turn=0)
+    with pytest.raises(ValueError, match="predicted"):
+        simulate(trace, "turns", 2)
     assert simulate(Trace.at_once(np.array([], dtype=int)), "fifo", 2).makespan == 0
 
 

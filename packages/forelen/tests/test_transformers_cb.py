@@ -8,11 +8,13 @@ import torch
 from forelen import Bins, LengthDistribution
 from forelen.schedule import (
     LengthTable,
+    Trace,
     check_live,
     generate_batch,
     plan_order,
     register_transformers_schedulers,
     scheduled,
+    simulate,
 )
 from forelen.schedule.transformers_cb import SCHEDULERS, SchedulerError
 from forelen.schedule.vllm import generate as vllm_generate
@@ -26,17 +28,46 @@ def points(lengths):
 
 
 class Cache:
-    use_prefix_sharing = False
+    """One that has room for all, of any version."""
 
-    def free_blocks(self, request):
+    use_prefix_sharing = allow_block_sharing = False
+    num_full_attention_groups = 1
+    num_blocks = 1
+    block_size = 1 << 20
+    max_blocks_per_request = 0
+    max_decode_fast_path_length = 0
+    read_cache_limit = None
+
+    def __init__(self):
+        self.pool = self
+
+    def free_blocks(self, request, **options):
         """Nothing to free."""
 
+    def try_to_free_sectors(self):
+        """Nothing to free."""
 
-def make(name, table):
+    def compute_free_capacity(self):
+        return 1.0
+
+    def get_num_free_blocks(self):
+        return 1
+
+    def can_store_request_tokens(self, state, count):
+        return True
+
+    def allocate_blocks(self, count, request, allocated):
+        return count
+
+    def count_new_complete_blocks(self, state, count):
+        return {}
+
+
+def make(name, table, places=8):
     from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING
 
     with scheduled(table):
-        return SCHEDULER_MAPPING[name](Cache(), 0.0, 8)
+        return SCHEDULER_MAPPING[name](Cache(), 0.0, places)
 
 
 def request(number, ids, created):
@@ -130,6 +161,162 @@ def test_another_scheduler_is_noticed():
         pass
 
 
+def wait_and_run(table, lengths, *, places, steps, made=()):
+    """Step a scheduler whose cache has room, a token of each answer a pass; return what ran."""
+    scheduler = make("forelen_turns", table, places)
+    ran = []
+    for number, length in enumerate(lengths):
+        state = request(number, [1, number], float(number) * 1e-6)
+        state.max_new_tokens = state._new_tokens_limit = length
+        scheduler.add_waiting_request(state)
+    for _ in range(steps):
+        found = scheduler.schedule_batch(100, 10**6)[0]
+        ran.append(sorted(int(future.state.request_id[1:]) for future in found))
+        for future in found:
+            if future.state.update_and_check_completion(7, None):
+                scheduler.finish_request(future.state.request_id)
+    return scheduler, ran
+
+
+def test_answers_make_way():
+    """A long answer that was thought short lets others have their turn."""
+    table = LengthTable(turn=4)
+    table.put([[1, n] for n in range(4)], points([5, 6, 7, 8]))
+    scheduler, ran = wait_and_run(table, [10, 2, 6, 3], places=2, steps=13)
+    # the first has had its turn when the last waits; it goes on when the second place is free
+    assert ran == [
+        [0, 1], [0, 1], [0, 2], [0, 2], [2, 3], [2, 3], [2, 3], [0, 2],
+        [0], [0], [0], [0], [0],
+    ]  # fmt: skip
+    assert table.pauses == 1
+    assert not scheduler.has_pending_requests()
+    assert not scheduler._keys
+
+
+def test_none_makes_way_for_nothing():
+    """Not while there is a place, nor for one that had as much, nor before its turn is over."""
+    table = LengthTable(turn=4)
+    wait_and_run(table, [10, 10], places=2, steps=10)
+    assert table.pauses == 0
+    table = LengthTable(turn=10)
+    wait_and_run(table, [10, 10, 10], places=2, steps=20)
+    assert table.pauses == 0
+    table = LengthTable(turn=9)
+    wait_and_run(table, [10, 10, 10], places=2, steps=20)
+    assert table.pauses == 1
+
+
+def test_long_prompts_make_way_one_by_one():
+    """No more are paused in a pass than their followers' prompts fit into it."""
+    table = LengthTable(turn=3)
+    scheduler = make("forelen_turns", table, 4)
+    for number in range(8):
+        scheduler.add_waiting_request(request(number, [1] * 50, 0.0))
+    sizes = []
+    for _ in range(12):
+        found = scheduler.schedule_batch(120, 10**6)[0]
+        sizes.append(sum(len(future.state.tokens_to_process) for future in found))
+        for future in found:
+            if future.has_new_token:
+                future.state.update_and_check_completion(7, None)
+    assert table.pauses > 2
+    assert max(sizes) <= 120
+    # four answers ran in every pass from the third on
+    assert min(sizes[2:]) >= 4
+
+
+def test_prompts_of_more_than_a_batch_make_way_too():
+    table = LengthTable(turn=3)
+    scheduler = make("forelen_turns", table, 1)
+    for number in range(2):
+        scheduler.add_waiting_request(request(number, [1] * 50, float(number) * 1e-6))
+    ran = []
+    for _ in range(12):
+        found = scheduler.schedule_batch(30, 10**6)[0]
+        ran.append([int(future.state.request_id[1:]) for future in found])
+        for future in found:
+            if future.has_new_token:
+                future.state.update_and_check_completion(7, None)
+    # two passes read a prompt; the second goes on until it is a turn ahead
+    assert ran == 4 * [[0]] + 7 * [[1]] + [[0]]
+
+
+def test_what_was_paused_does_not_wait_for_ever():
+    """Newcomers pass it until it has waited for as many tokens as it is behind."""
+    table = LengthTable(aging=10.0, turn=32)
+    table.put([[1, n] for n in range(9)], points([60] + 8 * [5]))
+    scheduler = make("forelen_turns", table)
+    paused = request(0, [1, 0], 0.0)
+    paused.generated_tokens = [7] * 40
+    again = paused.create_equivalent_initial_request()
+    again.created_time = 0.0
+    scheduler.add_waiting_request(again)
+    # 60 and 60 for its turn, against 5: they are even after 11.5 seconds
+    for number, created in enumerate((1.0, 11.4, 11.6, 30.0), 1):
+        scheduler.add_waiting_request(request(number, [1, number], created))
+    assert waiting(scheduler) == ["r1", "r2", "r0", "r3", "r4"]
+    with pytest.raises(ValueError, match="turn"):
+        LengthTable(turn=0)
+    with pytest.raises(ValueError, match="objective"):
+        generate_batch(None, [], points([1])[:0], objective="latency", turn=5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shared", [False, True])
+def test_paused_answers_are_the_same_on_a_gpu(cuda, shared):
+    paused_answers_are_the_same(tiny_model("llama").to(cuda), shared)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_paused_answers_are_the_same(shared):
+    paused_answers_are_the_same(tiny_model("llama"), shared)
+
+
+def answered(model, prompts, lengths, **settings):
+    """Return outputs by prompt of the model's own server, with a maximum for each."""
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+
+    config = ContinuousBatchingConfig(
+        num_blocks=256, max_batch_tokens=256, return_logprobs=True, **settings
+    )
+    generation = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
+    with model.continuous_batching_context_manager(
+        generation_config=generation, continuous_batching_config=config, block=True, timeout=5
+    ) as manager:
+        for ids, length in zip(prompts, lengths, strict=True):
+            manager.add_request(ids, max_new_tokens=length)
+        found = {}
+        while len(found) < len(prompts):
+            output = manager.get_result(timeout=60)
+            assert output is not None
+            if output.is_finished():
+                found[tuple(output.prompt_ids)] = output
+    return found
+
+
+def paused_answers_are_the_same(model, shared):
+    """Tokens, prompts and log-probabilities; and pauses are those that are simulated."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(3, 96, (12, 6), generator=generator).tolist()
+    lengths = np.random.default_rng(0).integers(1, 60, 12).tolist()
+    settings = {"allow_block_sharing": shared}
+    plain = answered(model, prompts, lengths, **settings)
+    guess = np.arange(30, 42)
+    table = LengthTable(turn=8)
+    table.put(prompts, points(guess.tolist()))
+    settings |= {"max_requests_per_batch": 3, "scheduler_type": "forelen_turns"}
+    with scheduled(table):
+        found = answered(model, prompts, lengths, **settings)
+    assert table.live == ["forelen_turns"]
+    for key, output in found.items():
+        assert output.generated_tokens == plain[key].generated_tokens
+        assert output.logprobs == pytest.approx(plain[key].logprobs, abs=1e-4)
+    trace = Trace.at_once(np.array(lengths))
+    pauses = simulate(trace, "turns", 3, predicted=guess, turn=8, resume=0).pauses
+    assert abs(table.pauses - pauses) <= 3
+    assert table.pauses > 10
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("objective", ["makespan", "latency"])
 def test_answers_start_in_order_on_a_gpu(cuda, objective):
@@ -158,7 +345,7 @@ def answers_start_in_order(model, objective):
     )  # fmt: skip
     found = generate_batch(
         model, prompts, points(lengths), objective=objective, continuous_batching_config=config,
-        generation_config=generation,
+        generation_config=generation, turn=0 if objective == "makespan" else None,
     )  # fmt: skip
     outputs = sorted(found.values(), key=lambda output: output.lifespan[0])
     by_prompt = {tuple(ids): length for ids, length in zip(prompts, lengths, strict=True)}

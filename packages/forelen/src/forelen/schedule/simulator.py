@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 import numpy as np
 from shared_kernels._checks import check_choice, check_range, message
 
-POLICIES = ("fifo", "sjf", "lpt")
+POLICIES = ("fifo", "sjf", "lpt", "turns")
+#: Tokens of a turn, if nothing is known of the longest answer.
+TURN = 128
 Policy = Callable[[Sequence[int], float], int]
 """Of the waiting requests at a time, which goes first: its place in the list."""
 
@@ -45,6 +48,7 @@ class Outcome:
         idle: The share of slot time that was empty before the last end.
         ends: float ``(N,)``.
         order: Requests as they were started.
+        pauses: How often an answer was paused.
     """
 
     makespan: float
@@ -54,6 +58,7 @@ class Outcome:
     idle: float
     ends: np.ndarray
     order: list[int]
+    pauses: int = 0
 
 
 def simulate(
@@ -63,6 +68,8 @@ def simulate(
     *,
     predicted: np.ndarray | None = None,
     aging: float = 0.0,
+    turn: int = TURN,
+    resume: int = 1,
 ) -> Outcome:
     """Run requests through ``slots`` places, each of which makes one token of an answer a step.
 
@@ -71,16 +78,21 @@ def simulate(
 
     Args:
         trace: Requests.
-        policy: ``fifo``, ``sjf`` (shortest prediction first), ``lpt`` (longest), or a function.
+        policy: ``fifo``, ``sjf`` (shortest prediction first), ``lpt`` (longest), ``turns``
+            (shortest first, and an answer makes way for one that had a turn less), or a function.
         slots: Places.
-        predicted: float ``(N,)``, what ``sjf`` and ``lpt`` go by; never the true lengths, unless
+        predicted: float ``(N,)``, what all but ``fifo`` go by; never the true lengths, unless
             you want to know what these would do.
         aging: Tokens that a step of waiting makes up for.
+        turn: Tokens after which an answer makes way, with ``turns``.
+        resume: Steps until an answer that was paused goes on, once it has a place.
 
     Raises:
         ValueError: No predictions for a policy that needs them, or a number out of range.
     """
     check_range("slots", slots, 1, 1 << 31, "answers that are made at the same time")
+    check_range("turn", turn, 1, 1 << 31, "tokens until an answer makes way")
+    check_range("resume", resume, 0, 1 << 31, "passes that reading an answer again takes")
     count = len(trace.lengths)
     choose = None if isinstance(policy, str) else policy
     if isinstance(policy, str):
@@ -88,6 +100,8 @@ def simulate(
         if policy != "fifo" and predicted is None:
             raise ValueError(message("predicted", "a length for each request", None, "predict"))
         base = np.zeros(count) if policy == "fifo" else np.asarray(predicted, dtype=np.float64)
+        if policy == "turns":
+            return _by_turns(trace, slots, base, aging, turn, resume)
         sign = {"fifo": 0.0, "sjf": 1.0, "lpt": -1.0}[policy]
         age = 1.0 if policy == "fifo" else aging
         keys = sign * base + age * trace.arrivals
@@ -118,6 +132,75 @@ def simulate(
             order.append(request)
             starts[request], ends[request] = now, now + float(trace.lengths[request])
             heapq.heappush(running, ends[request])
+    return _outcome(trace, slots, starts, ends, order)
+
+
+@dataclass
+class _Running:
+    """An answer in a place: its tokens before it got there, and when it gets its next one."""
+
+    request: int
+    before: int
+    since: int
+
+    def made(self, now: int) -> int:
+        return self.before + max(0, now - self.since)
+
+
+def _by_turns(
+    trace: Trace, slots: int, predicted: np.ndarray, aging: float, turn: int, resume: int
+) -> Outcome:
+    """Run requests step by step, as the scheduler ``forelen_turns`` does."""
+    count = len(trace.lengths)
+    longest = max(turn, float(predicted.max())) if count else turn
+    ends, starts = np.zeros(count), np.full(count, -1.0)
+    arriving: list[int] = np.argsort(trace.arrivals, kind="stable")[::-1].tolist()
+    waiting: list[tuple[float, float, int, int]] = []
+    running: list[_Running] = []
+    order: list[int] = []
+    now = pauses = 0
+
+    def wait(request: int, made: int, since: float) -> None:
+        key = predicted[request] + made // turn * longest + aging * since
+        heapq.heappush(waiting, (key, since, request, made))
+
+    while arriving or waiting or running:
+        for place in [p for p in running if p.made(now) >= trace.lengths[p.request]]:
+            running.remove(place)
+            ends[place.request] = now
+        while arriving and trace.arrivals[arriving[-1]] <= now:
+            request = arriving.pop()
+            wait(request, 0, float(trace.arrivals[request]))
+        while waiting:
+            made = waiting[0][-1]
+            if len(running) == slots:
+                due = [p for p in running if p.made(now) - p.before >= turn]
+                # of those alike the last that got its place
+                oldest = max(reversed(due), key=lambda p: p.made(now), default=None)
+                if oldest is None or oldest.made(now) - made < turn:
+                    break
+                running.remove(oldest)
+            else:
+                oldest = None
+            request = heapq.heappop(waiting)[2]
+            if oldest is not None:
+                pauses += 1
+                wait(oldest.request, oldest.made(now), float(now))
+            if starts[request] < 0:
+                starts[request] = now
+                order.append(request)
+            running.append(_Running(request, made, now + (resume if made else 0)))
+        now += 1
+        if not running and not waiting and arriving:
+            now = max(now, math.ceil(trace.arrivals[arriving[-1]]))
+    return _outcome(trace, slots, starts, ends, order, pauses)
+
+
+def _outcome(
+    trace: Trace, slots: int, starts: np.ndarray, ends: np.ndarray, order: list[int],
+    pauses: int = 0,
+) -> Outcome:  # fmt: skip
+    count = len(trace.lengths)
     completion = ends - trace.arrivals
     makespan = float(ends.max()) if count else 0.0
     begin = float(trace.arrivals.min()) if count else 0.0
@@ -130,4 +213,5 @@ def simulate(
         idle=1 - float(trace.lengths.sum()) / area if area else 0.0,
         ends=ends,
         order=order,
+        pauses=pauses,
     )
