@@ -32,9 +32,9 @@ from forelen.store import FeatureStore
 from forelen.training import calibrate, default_arguments, predict_rows, train
 from shared_kernels.bench import describe_run
 from shared_kernels.files import write_text
-from study import FOLDS, fill_block, folds
+from study import fill_block, folds
 
-EPOCHS = 6
+EPOCHS, FOLDS = 6, 5
 TIMES = (0, 1, 16, 32, 64, 128, 256)
 
 
@@ -164,7 +164,7 @@ def main():
     found = FeatureStore(arguments.store).load()
     cap = found.header["sampling"]["max_new_tokens"]
     parts = {time: [] for time in TIMES}
-    for number, (train_part, test) in enumerate(folds(found)):
+    for number, (train_part, test) in enumerate(folds(found, FOLDS)):
         kept = divided(train_part)
         grown = predictor(kept, device, plp=True)
         before = predictor(kept, device)
