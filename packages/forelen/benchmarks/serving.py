@@ -174,7 +174,7 @@ def fill(readme, document):
         f"{run['versions']['torch']}, transformers {run['versions']['transformers']}; commit "
         f"{(run['commit'] or '')[:12]}; {run['date'][:10]}.",
     ]
-    fill_block(readme, "serving", lines)
+    fill_block(readme, "serving-gpu" if run.get("gpu") else "serving", lines)
 
 
 def main():

@@ -2,8 +2,8 @@
 
 ``step``: every other token of a call is watched, and the medians of the two kinds of steps are
 compared, since from one call to the next the host's speed changes by more than watching costs.
-Times are the host's at the end of each step, the device's work included. ``whole``: calls, with
-every token watched or none, and their memory.
+Times are the host's at the end of each step, the device's work included; memory is a whole call's,
+so that of watching in both.
 
 Qwen2.5's shapes of 0.5B and 7B with random weights in bfloat16, and a predictor of random weights:
 time says something, predictions do not.
@@ -117,10 +117,6 @@ def _watch(device, shape):
     yield Workload(
         name=f"step/{shape}", clock="returned", **common,
         arms=[Arm(name=name, fn=partial(step, name)) for name in ("generate", "watched")],
-    )  # fmt: skip
-    yield Workload(
-        name=f"whole/{shape}", clock="wall", **common,
-        arms=[Arm(name="generate", fn=generate), Arm(name="watched", fn=watched)],
     )  # fmt: skip
 
 

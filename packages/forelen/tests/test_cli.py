@@ -52,9 +52,11 @@ def test_help_loads_no_torch():
 def test_from_prompts_to_predictions(capsys, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "FEWEST", 3)
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("\n".join(f"What is {n} plus {n * n}?" for n in range(40)))
+    asked = [f"What is {n} plus {n * n}?" for n in range(40)]
+    prompts.write_text("\n".join([*asked, "Too long. " * 90]))
     store, out = tmp_path / "store", tmp_path / "predictor"
-    options = ["--out", store, "--samples", 3, "--max-new-tokens", 16, "--batch-size", 20]
+    options = ["--out", store, "--samples", 3, "--max-new-tokens", 16, "--batch-size", 20,
+               "--max-prompt-tokens", 120]  # fmt: skip
     code, printed = run(capsys, "collect", tiny, "--prompts", prompts, *options, "--json")
     assert code == 0, printed.err
     found = json.loads(printed.out)
@@ -75,6 +77,7 @@ def test_from_prompts_to_predictions(capsys, tiny, tmp_path, monkeypatch):
     assert "2 of 2 batches" in printed.out
     code, printed = run(capsys, "calibrate", out, store, "--out", tmp_path / "again")
     assert code == 0, printed.err
+    prompts.write_text("\n".join(asked))
     code, printed = run(capsys, "predict", out, tiny, "--prompts", prompts, "--json")
     assert code == 0, printed.err
     rows = json.loads(printed.out)
@@ -98,6 +101,11 @@ def test_simulate(capsys, tmp_path):
     plain = found["first come, first served"]
     assert found["longest first"]["makespan"] < plain["makespan"]
     assert found["shortest first"]["mean_completion"] < plain["mean_completion"]
+    assert found["shortest first, by turns"]["pauses"] == plain["pauses"] == 0
+    code, printed = run(capsys, "simulate", path, "--slots", 8, "--turn", 20, "--json")
+    found = json.loads(printed.out)["shortest first, by turns"]
+    assert found["makespan"] < plain["makespan"]
+    assert found["pauses"] > 0
     code, printed = run(capsys, "simulate", path, "--slots", 100)
     assert code == 0
     assert "no order helps" in printed.out

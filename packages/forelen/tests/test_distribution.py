@@ -183,6 +183,22 @@ def test_equals_the_order_statistic():
         Calibration.fit(found, lengths[1:], groups)
 
 
+def test_stopped_answers_have_levels_above_where_they_stopped():
+    """Of a predictor that is right, levels are uniform whether answers were stopped or not."""
+    rng = np.random.default_rng(4)
+    found, _, groups = answers(2000, 1, rng)
+    lengths = torch.multinomial(found.tokens(4000), 1, generator=torch.Generator().manual_seed(0))
+    lengths = 1 + lengths[:, 0]
+    cap = int(lengths.double().quantile(0.7))
+    stopped = lengths > cap
+    cut = lengths.clamp(max=cap)
+    calibration = Calibration.fit(found, cut, groups, censored=stopped)
+    # four standard errors of Kolmogorov's statistic, about
+    gap = np.abs(np.array(calibration.levels) - (np.arange(2000) + 0.5) / 2000).max()
+    assert gap < 2 / 2000**0.5
+    assert float(stopped.double().mean()) > 0.2
+
+
 @pytest.mark.peer
 def test_levels_are_those_of_crepes():
     crepes = pytest.importorskip("crepes")

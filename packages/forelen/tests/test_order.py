@@ -72,3 +72,15 @@ def test_bad_input():
     for name in ("slots", "samples", "steps"):
         with pytest.raises(ValueError, match=name):
             plan_order(points([3, 4]), **{"slots": 1, name: -1})
+
+
+def test_no_answer_is_longer_than_the_cap():
+    """What lies beyond is as good as at the cap."""
+    generator = torch.Generator().manual_seed(0)
+    pmf = torch.softmax(torch.randn(20, 64, generator=generator).double(), -1)
+    at_cap = torch.cat([pmf[:, :23], pmf[:, 23:].sum(-1, keepdim=True), 0 * pmf[:, 24:]], 1)
+    bins = Bins(tuple(map(float, range(65))))
+    laws = [LengthDistribution(part, bins) for part in (pmf, at_cap)]
+    orders = [plan_order(law, 4, cap=24) for law in laws]
+    assert orders[0] == orders[1]
+    assert orders[0] != plan_order(laws[0], 4)

@@ -64,6 +64,8 @@ def test_splits_keep_prompts_together(collected):
             own = part.step_sample // 4 == 0
             whole = collected.step_sample // 4 == place
             assert torch.equal(part.steps[own], collected.steps[whole])
+            # which of its answers each step is of
+            assert torch.equal(part.step_sample[own], collected.step_sample[whole] % 4)
     families = [set(collected.split(name, by="family").families) for name in names]
     assert sum(map(len, families)) == len(set().union(*families)) == 5
     with pytest.raises(ValueError, match="dev"):
@@ -81,6 +83,13 @@ def test_scales_and_marginal(collected):
         assert float(x.mean(0).abs().max()) < 1e-4
         assert ((x.std(0) - 1).abs() < 1e-3).all()
     assert float(predictor.marginal.sum()) == pytest.approx(1, abs=1e-5)
+    # answers that ended are in their bins, and those that were stopped in longer ones
+    ended, stopped = (collected.lengths[collected.censored == c] for c in (False, True))
+    counts = predictor.bins.index(ended).bincount(minlength=len(predictor.bins))
+    found = predictor.marginal * collected.lengths.numel()
+    assert (found >= counts - 1e-3).all()
+    assert float((found - counts).sum()) == pytest.approx(len(stopped), abs=1e-2)
+    assert float((found - counts)[: int(predictor.bins.index(stopped).min())].max()) < 1e-3
     plain = new_predictor(collected, head="paper")
     assert not plain.input_mean.any()
     assert len(plain.bins) == 20

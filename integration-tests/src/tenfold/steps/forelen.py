@@ -97,7 +97,7 @@ class ForelenStep:
                 Metric("padding in batches of 16", 100 * padding[1], "%", 100 * padding[0],
                        "random batches"),
                 Metric(f"time to finish {SLOTS} at a time, of the least possible",
-                       spans["planned"], "", spans["fifo"], "first come, first served", 3),
+                       spans["turns"], "", spans["fifo"], "first come, first served", 3),
             ),
             tables=(
                 Table("Mean absolute error on new prompts", ("predictor", "tokens"), rows),
@@ -230,24 +230,22 @@ def _padding(law: LengthDistribution, lengths: np.ndarray) -> tuple[float, float
 def _makespans(law: LengthDistribution, lengths: np.ndarray) -> dict[str, float]:
     """Return makespans over ``max(sum / slots, longest)`` of requests drawn from test prompts."""
     import numpy as np
-    from forelen.schedule import Trace, plan_order, simulate
+    from forelen.schedule import Trace, simulate
 
     means = law.capped_mean(512).numpy()
     rng = np.random.default_rng(0)
     totals: dict[str, list[float]] = {
-        name: [] for name in ("fifo", "sjf", "lpt", "lpt, true lengths", "planned")
+        name: [] for name in ("fifo", "sjf", "lpt", "lpt, true lengths", "turns")
     }
     for _ in range(20):
         chosen = rng.integers(0, len(lengths), 4 * SLOTS)
         y = lengths[chosen]
         bound = max(y.sum() / SLOTS, y.max())
         for name in totals:
-            if name == "planned":
-                order = plan_order(law[chosen.tolist()], SLOTS, cap=512, samples=48, steps=500)
-                outcome = simulate(Trace.at_once(y[order]), "fifo", SLOTS)
-            else:
-                by = y if "true" in name else means[chosen]
-                outcome = simulate(Trace.at_once(y), name.split(",")[0], SLOTS, predicted=by)
+            by = y if "true" in name else means[chosen]
+            outcome = simulate(
+                Trace.at_once(y), name.split(",")[0], SLOTS, predicted=by, turn=512 // 3
+            )
             totals[name].append(outcome.makespan / bound)
     return {name: float(np.mean(values)) for name, values in totals.items()}
 

@@ -40,6 +40,7 @@ def collect(
     count: int = 200,
     samples: int = 8,
     max_new_tokens: int = 512,
+    max_prompt_tokens: int = 1024,
     temperature: float = 1.0,
     top_p: float = 1.0,
     features: tuple[str, ...] = ("entropy.-1.content",),
@@ -63,6 +64,7 @@ def collect(
         count: Prompts of each scenario.
         samples: Answers to each prompt.
         max_new_tokens: Answers are stopped here, and marked.
+        max_prompt_tokens: Longer prompts are left out.
         temperature: Of the sampling.
         top_p: Of the sampling.
         features: Vectors of the prompt to keep: POOLING.LAYER.content or POOLING.LAYER.all.
@@ -86,6 +88,7 @@ def collect(
         batch_size=batch_size,
         seed=seed,
         max_new_tokens=max_new_tokens,
+        max_prompt_tokens=max_prompt_tokens,
         temperature=temperature,
         top_p=top_p,
         do_sample=True,
@@ -319,6 +322,7 @@ def simulate(
     *,
     slots: int = 64,
     aging: float = 0.0,
+    turn: int = 128,
     json_output: JsonFlag = False,
 ) -> int:
     """Show what an order by predicted length would do to a server with continuous batching.
@@ -327,6 +331,7 @@ def simulate(
         lengths: JSON lines with ``length``, ``predicted`` and, if wanted, ``arrival`` in steps.
         slots: Answers that are made at the same time.
         aging: Tokens that a step of waiting makes up for.
+        turn: Tokens after which an answer makes way, by turns.
         json_output: Print JSON.
     """
     import numpy as np
@@ -341,18 +346,20 @@ def simulate(
     arms = {
         "first come, first served": ("fifo", None),
         "shortest first": ("sjf", guess),
+        "shortest first, by turns": ("turns", guess),
         "longest first": ("lpt", guess),
         "shortest first, true lengths": ("sjf", y),
         "longest first, true lengths": ("lpt", y),
     }
     found = {
-        name: run(trace, policy, slots, predicted=by, aging=aging)
+        name: run(trace, policy, slots, predicted=by, aging=aging, turn=turn)
         for name, (policy, by) in arms.items()
     }
     table = {
         name: {
             "makespan": o.makespan, "mean_completion": o.mean_completion,
             "p99_completion": o.p99_completion, "longest_wait": o.longest_wait, "idle": o.idle,
+            "pauses": o.pauses,
         }
         for name, o in found.items()
     }  # fmt: skip
@@ -363,10 +370,11 @@ def simulate(
             (
                 name, f"{o['makespan']:.0f}", f"{o['mean_completion']:.0f}",
                 f"{o['p99_completion']:.0f}", f"{o['longest_wait']:.0f}", f"{o['idle']:.2f}",
+                f"{o['pauses']}",
             )
             for name, o in table.items()
         ],
-        ("order", "makespan", "mean completion", "99 %", "longest wait", "idle"),
+        ("order", "makespan", "mean completion", "99 %", "longest wait", "idle", "pauses"),
     )  # fmt: skip
     if len(y) <= slots:
         print(f"{len(y)} requests fit into {slots} slots: without a queue no order helps.")
