@@ -5,6 +5,9 @@ compared, since from one call to the next the host's speed changes by more than 
 Times are the host's at the end of each step, the device's work included; memory is a whole call's,
 so that of watching in both.
 
+``first``: the prediction before the answer begins, by itself, beside the pass over the prompts that
+``generate`` begins with. An engine that is watched needs no second pass.
+
 Qwen2.5's shapes of 0.5B and 7B with random weights in bfloat16, and a predictor of random weights:
 time says something, predictions do not.
 """
@@ -130,3 +133,43 @@ def small(device):
 def large(device):
     """The shape of Qwen2.5-7B."""
     yield from _watch(device, "7B")
+
+
+@benchmark
+def first(device):
+    """The first prediction, of 32 prompts of 512 tokens."""
+    if device == "cpu":
+        return
+    from forelen import LengthPredictor, LengthPredictorConfig
+
+    for shape in SHAPES:
+        model = _model(device, shape)
+        ids = torch.randint(0, 1000, (32, 512), device=device)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        predictors = {}
+        for pooling in ("entropy", "last"):
+            torch.manual_seed(0)
+            config = LengthPredictorConfig(hidden_size=model.config.hidden_size, pooling=pooling)
+            predictors[pooling] = LengthPredictor(config).eval()
+
+        @torch.no_grad()
+        def prefill(model=model, inputs=inputs):
+            return model(**inputs, logits_to_keep=1)
+
+        def predict(pooling, model=model, inputs=inputs, predictors=predictors):
+            return predictors[pooling].predict(model, inputs)
+
+        def check(predict=predict, predictors=predictors):
+            for pooling in predictors:
+                law = predict(pooling)
+                assert not law.fallback.any()
+                assert len(set(law.mean().tolist())) == 32
+
+        yield Workload(
+            name=f"first/{shape}", params={"prompts": 32, "tokens": 512, "shape": shape},
+            clock="wall", device=device, check=check, baseline="prefill",
+            arms=[
+                Arm(name="prefill", fn=prefill),
+                *(Arm(name=f"predict, {p}", fn=partial(predict, p)) for p in predictors),
+            ],
+        )  # fmt: skip
