@@ -318,7 +318,7 @@ def answered(model, prompts, lengths, **settings):
 
 
 def paused_answers_are_the_same(model, shared):
-    """Tokens, prompts and log-probabilities; and pauses are those that are simulated."""
+    """Tokens, prompts and log-probabilities; and about as many pauses as are simulated."""
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(3, 96, (12, 6), generator=generator).tolist()
     lengths = np.random.default_rng(0).integers(1, 60, 12).tolist()
@@ -336,6 +336,7 @@ def paused_answers_are_the_same(model, shared):
         assert output.logprobs == pytest.approx(plain[key].logprobs, abs=1e-4)
     trace = Trace.at_once(np.array(lengths))
     pauses = simulate(trace, "turns", 3, predicted=guess, turn=8, resume=0).pauses
+    # requests come while the first run, and a step may be under way when one is paused
     assert abs(table.pauses - pauses) <= 3
     assert table.pauses > 10
 

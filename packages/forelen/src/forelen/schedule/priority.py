@@ -33,7 +33,8 @@ def priority(
         found: Of N answers.
         arrival: Seconds ``(N,)`` from any common origin.
         aging: Tokens that a second of waiting makes up for; above 0.
-        objective: ``latency``, shortest first, or ``makespan``, longest first.
+        objective: ``latency``, shortest first, or ``makespan``, longest first, which helps with
+            lengths that are known; for predicted ones see `plan_order`.
         scale: Steps of priority for a token.
 
     Raises:

@@ -36,7 +36,8 @@ def generate(
         prompts: As vLLM takes them.
         found: The predicted length of each answer.
         sampling_params: Of vLLM.
-        objective: ``latency``: shortest first; ``makespan``: longest first.
+        objective: ``latency``: shortest first; ``makespan``: longest first, which helps with
+            lengths that are known; with predicted ones give an ``order``.
         aging: Tokens that a second of waiting makes up for.
         order: As `forelen.schedule.plan_order` returns it, instead of an objective.
         **options: Of ``LLM.generate``.
