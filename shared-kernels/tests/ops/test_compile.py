@@ -12,9 +12,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from shared_kernels.ops import dp, prefix_attention
+from shared_kernels.ops import dp, prefix_attention, sampling
+from shared_kernels.ops.prefix_attention import decode
 
-FAMILIES = {"dp": dp, "prefix": prefix_attention}
+FAMILIES = {"decode": decode, "dp": dp, "prefix": prefix_attention, "sampling": sampling}
 
 
 def kernels(folder):

@@ -18,6 +18,7 @@ PHILOX_ROUNDS: Final = 10
 DOMAIN_NOISE: Final = 0
 DOMAIN_DITHER: Final = 1
 DOMAIN_SEED: Final = 2
+DOMAIN_TOKEN: Final = 3
 DOMAIN_SHIFT: Final = 24
 MAX_DIRECTION: Final = 1 << DOMAIN_SHIFT
 
@@ -30,6 +31,7 @@ DITHER_SEGMENT: Final = 8 * COLUMNS
 
 TWO_M31: Final = 2.0**-31
 TWO_M32: Final = 2.0**-32
+ONE_BELOW: Final = 1 - 2.0**-24
 # bits of sqrt(1/2): subtracting them before the shift puts the mantissa in [sqrt(1/2), sqrt(2))
 SQRT_HALF_BITS: Final = 0x3F3504F3
 MINUS_TWO_LN2: Final = -1.3862943649291992

@@ -26,7 +26,8 @@ _IN_TILE = _U64(k.TILE - 1)
 _DITHER = _U64(k.DOMAIN_DITHER << k.DOMAIN_SHIFT)
 _BIT, _SIGN_SHIFT, _MINUS_ONE_BITS = np.uint32(1), np.uint32(31), np.uint32(0xBF800000)
 _TWO_M31, _TWO_M32 = _F32(k.TWO_M31), _F32(k.TWO_M32)
-_ONE, _MINUS_TWO, _MINUS_TWO_LN2 = _F32(1), _F32(-2), _F32(k.MINUS_TWO_LN2)
+_ONE, _HALF, _ONE_BELOW = _F32(1), _F32(0.5), _F32(k.ONE_BELOW)
+_MINUS_TWO, _MINUS_TWO_LN2 = _F32(-2), _F32(k.MINUS_TWO_LN2)
 _SQRT_HALF = np.int32(k.SQRT_HALF_BITS)
 _Q0, _Q1, _Q2, _Q3, _Q4, _Q5, _Q6, _Q7, _Q8 = (_F32(c) for c in k.LOG_Q)
 _SIN0, _SIN1, _SIN2, _SIN3 = (_F32(c) for c in k.SIN_S)
@@ -101,16 +102,33 @@ def philox_columns(block, count, c2, c3, k0, k1, words):
 
 
 @helper
-def minus_two_log(u):
+def minus_two_log1p(f, exponent):
     """See `reference.minus_two_log`."""
-    shifted = np.int32(float_bits(u) - _SQRT_HALF)
-    exponent = _F32(np.int32(shifted >> 23))
-    mantissa = bits_float(np.int32((shifted & 0x7FFFFF) + _SQRT_HALF))
-    f = mantissa - _ONE
     q = fma(fma(fma(fma(_Q8, f, _Q7), f, _Q6), f, _Q5), f, _Q4)
     q = fma(fma(fma(fma(q, f, _Q3), f, _Q2), f, _Q1), f, _Q0)
     tail = fma(f * f, q, f * _MINUS_TWO)
     return fma(exponent, _MINUS_TWO_LN2, tail)
+
+
+@helper
+def minus_two_log(u):
+    """See `reference.minus_two_log`."""
+    shifted = np.int32(float_bits(u) - _SQRT_HALF)
+    mantissa = bits_float(np.int32((shifted & 0x7FFFFF) + _SQRT_HALF))
+    return minus_two_log1p(mantissa - _ONE, _F32(np.int32(shifted >> 23)))
+
+
+@helper
+def gumbel(word):
+    """See `reference.gumbel`; ``word`` is uint32."""
+    v = fma(_F32(np.int32(word >> 1)), _TWO_M31, _TWO_M32)
+    v = min(v, _ONE_BELOW)
+    w = _ONE - v
+    shifted = np.int32(float_bits(w) - _SQRT_HALF)
+    mantissa = bits_float(np.int32((shifted & 0x7FFFFF) + _SQRT_HALF))
+    f = -v if shifted >= 0 else mantissa - _ONE
+    exponential = _HALF * minus_two_log1p(f, _F32(np.int32(shifted >> 23)))
+    return _HALF * minus_two_log(exponential)
 
 
 @helper

@@ -82,14 +82,40 @@ def _horner(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
     return value
 
 
+def _minus_two_log1p(f: Tensor, exponent: Tensor) -> Tensor:
+    """Compute ``-2 ln((1 + f) 2^exponent)`` for f in [sqrt(1/2) - 1, sqrt(2) - 1]."""
+    tail = fma(f * f, _horner(f, k.LOG_Q), f * -2.0)
+    return fma(exponent, k.MINUS_TWO_LN2, tail)
+
+
 def minus_two_log(u: Tensor) -> Tensor:
-    """Compute ``-2 ln u`` for float32 ``u`` in (0, 1], within 1.5 ulp."""
+    """Compute ``-2 ln u`` for positive normal float32 ``u``, within 1.5 ulp in (0, 1]."""
     shifted = u.view(torch.int32) - k.SQRT_HALF_BITS
     exponent = (shifted >> 23).float()
     mantissa = ((shifted & 0x7FFFFF) + k.SQRT_HALF_BITS).view(torch.float32)
-    f = mantissa - 1.0
-    tail = fma(f * f, _horner(f, k.LOG_Q), f * -2.0)
-    return fma(exponent, k.MINUS_TWO_LN2, tail)
+    return _minus_two_log1p(mantissa - 1.0, exponent)
+
+
+def gumbel(word: Tensor) -> Tensor:
+    """Map uniform 32-bit words to standard Gumbel variables ``-ln(-ln(1 - v))``.
+
+    ``v = (word + 1/2 up to rounding) / 2^32``, at most ``1 - 2^-24``. The largest variables, which
+    decide an argmax, come from the smallest ``v``, where float32 is finest; ``1 - v`` is not
+    rounded there.
+
+    Args:
+        word: int64 ``(...)`` holding uint32 values.
+
+    Returns:
+        float32 ``(...)``, between -2.9 and 22.2.
+    """
+    v = fma((word >> 1).float(), k.TWO_M31, k.TWO_M32).clamp(max=k.ONE_BELOW)
+    w = 1.0 - v
+    shifted = w.view(torch.int32) - k.SQRT_HALF_BITS
+    mantissa = ((shifted & 0x7FFFFF) + k.SQRT_HALF_BITS).view(torch.float32)
+    f = torch.where(shifted >= 0, -v, mantissa - 1.0)
+    exponential = 0.5 * _minus_two_log1p(f, (shifted >> 23).float())
+    return 0.5 * minus_two_log(exponential)
 
 
 def box_muller(word_radius: Tensor, word_angle: Tensor) -> tuple[Tensor, Tensor]:

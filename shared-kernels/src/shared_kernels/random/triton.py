@@ -21,6 +21,7 @@ _ROUNDS = tl.constexpr(k.PHILOX_ROUNDS)
 _DITHER = tl.constexpr(k.DOMAIN_DITHER << k.DOMAIN_SHIFT)
 _TWO_M31 = tl.constexpr(k.TWO_M31)
 _TWO_M32 = tl.constexpr(k.TWO_M32)
+_ONE_BELOW = tl.constexpr(k.ONE_BELOW)
 _SQRT_HALF = tl.constexpr(k.SQRT_HALF_BITS)
 _MINUS_TWO_LN2 = tl.constexpr(k.MINUS_TWO_LN2)
 _Q0, _Q1, _Q2, _Q3, _Q4, _Q5, _Q6, _Q7, _Q8 = (tl.constexpr(c) for c in k.LOG_Q)
@@ -60,12 +61,7 @@ def philox4x32(c0, c1, c2, c3, k0, k1, WIDE: tl.constexpr):
 
 
 @triton.jit
-def minus_two_log(u):
-    """See `reference.minus_two_log`."""
-    shifted = u.to(tl.int32, bitcast=True) - _SQRT_HALF
-    exponent = (shifted >> 23).to(tl.float32)
-    mantissa = ((shifted & 0x7FFFFF) + _SQRT_HALF).to(tl.float32, bitcast=True)
-    f = mantissa - 1.0
+def _minus_two_log1p(f, exponent):
     q = tl.fma(f, _Q8, _Q7)
     q = tl.fma(q, f, _Q6)
     q = tl.fma(q, f, _Q5)
@@ -76,6 +72,27 @@ def minus_two_log(u):
     q = tl.fma(q, f, _Q0)
     tail = tl.fma(f * f, q, f * -2.0)
     return tl.fma(exponent, _MINUS_TWO_LN2, tail)
+
+
+@triton.jit
+def minus_two_log(u):
+    """See `reference.minus_two_log`."""
+    shifted = u.to(tl.int32, bitcast=True) - _SQRT_HALF
+    mantissa = ((shifted & 0x7FFFFF) + _SQRT_HALF).to(tl.float32, bitcast=True)
+    return _minus_two_log1p(mantissa - 1.0, (shifted >> 23).to(tl.float32))
+
+
+@triton.jit
+def gumbel(word):
+    """See `reference.gumbel`; ``word`` is uint32."""
+    v = tl.fma((word >> 1).to(tl.int32).to(tl.float32), _TWO_M31, _TWO_M32)
+    v = tl.minimum(v, _ONE_BELOW)
+    w = 1.0 - v
+    shifted = w.to(tl.int32, bitcast=True) - _SQRT_HALF
+    mantissa = ((shifted & 0x7FFFFF) + _SQRT_HALF).to(tl.float32, bitcast=True)
+    f = tl.where(shifted >= 0, -v, mantissa - 1.0)
+    exponential = 0.5 * _minus_two_log1p(f, (shifted >> 23).to(tl.float32))
+    return 0.5 * minus_two_log(exponential)
 
 
 @triton.jit
