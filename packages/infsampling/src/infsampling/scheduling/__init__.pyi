@@ -1,0 +1,9 @@
+from .bounds import free_slots as free_slots
+from .bounds import lower_bound as lower_bound
+from .bounds import preemptive_bound as preemptive_bound
+from .policies import POLICIES as POLICIES
+from .policies import Schedule as Schedule
+from .policies import order as order
+from .policies import schedule as schedule
+from .simulator import SimResult as SimResult
+from .simulator import simulate as simulate
