@@ -92,7 +92,7 @@ def check(found, wanted, bound):
 
 @pytest.fixture(autouse=True)
 def small_splits(request, monkeypatch):
-    if "cuda" not in request.node.name:
+    if "cuda" not in request.fixturenames and "cuda" not in request.node.name:
         monkeypatch.setattr(launch, "OWN_SPLIT", 32)
         monkeypatch.setattr(launch, "PREFIX_SPLIT", 64)
 
@@ -227,7 +227,7 @@ def test_on_the_gpu(cuda, dtype, shape):
     args = make(lengths, prefixes, [700, 513, 2], heads=heads, group=group, dim=dim, dtype=dtype,
                 capacity=1024, device=cuda)  # fmt: skip
     found, wanted = decode_attention(*args), exact(*args)
-    bound = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    bound = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}[dtype]
     check(found[:1], wanted[:1], bound)
     check(found[1:], wanted[1:], 1e-4)
     # the same bits alone, and in every run

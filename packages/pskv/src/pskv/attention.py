@@ -6,18 +6,15 @@ argument through the model's forward.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from shared_kernels.models import register_attention
 from shared_kernels.ops.prefix_attention import PrefixLayout, shared_prefix_attention
-from transformers import AttentionInterface, AttentionMaskInterface
 
 from pskv.generation import CURRENT
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
-
     from torch import Tensor
 
     from pskv.generation import GrowingCall
@@ -105,28 +102,4 @@ def _grow(call: GrowingCall, index: int, query: Tensor, options: dict[str, Any])
     return out.view(batch, queries, *out.shape[1:])
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    return None
-
-
-AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, _no_mask)
-
-
-def configs_of(model: Any) -> list[Any]:
-    """Return the configurations that a model and its parts read their attention from."""
-    found = [m.__dict__["config"] for m in model.modules() if "config" in m.__dict__]
-    return list({id(config): config for config in found}.values())
-
-
-@contextmanager
-def attention_of(configs: list[Any], name: str) -> Generator[None]:
-    """Let a model attend by the function of this name, and set back what it had."""
-    before = [config._attn_implementation for config in configs]
-    try:
-        for config in configs:
-            config._attn_implementation_internal = name
-        yield
-    finally:
-        for config, value in zip(configs, before, strict=True):
-            config._attn_implementation_internal = value
+register_attention(NAME, attend)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from shared_kernels._checks import message
+from shared_kernels.models import attention_of
 from shared_kernels.ops.prefix_attention import PrefixLayout
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -200,7 +201,7 @@ def _set_random_state(device: torch.device, state: tuple[Tensor, Tensor | None])
 def _batch(
     passes: Passes, shared: SharedPrefix, rows: list[np.ndarray], options: dict[str, Any]
 ) -> list[Tensor]:
-    from pskv.attention import NAME, attention_of
+    from pskv.attention import NAME
 
     held = shared.length
     longest = max(map(len, rows))

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from shared_kernels.models import Head
+from shared_kernels.models import Head, attention_of, configs_of
 from torch import Tensor
 from transformers import DynamicCache
 
 from pskv import support
-from pskv.attention import NAME, PackedCall, attention_of, configs_of
+from pskv.attention import NAME, PackedCall
 from pskv.backends import AutoBackend, check_backend
 from pskv.batching import MicroBatch, attempt
 from pskv.graphs import Graphs, rounded

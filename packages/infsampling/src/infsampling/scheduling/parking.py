@@ -24,7 +24,8 @@ class Ranking:
         turn: Steps of a turn.
         remaining: Of a sample and its steps so far, the steps it is believed to need yet.
         margin: By how many steps a waiting sample must be longer than a running one to take its
-            place, for ``lrpt``: a swap costs a copy.
+            place, for ``lrpt``: a swap costs a copy, and samples that are ranked seldom need not be
+            told apart finely.
     """
 
     def __init__(
@@ -34,7 +35,7 @@ class Ranking:
         *,
         turn: int,
         remaining: Callable[[int, int], float] | None = None,
-        margin: float = 32.0,
+        margin: float = 0.0,
     ) -> None:
         self.policy, self.predictions = policy, np.asarray(predictions, dtype=np.float64)
         self.turn, self.margin = turn, margin

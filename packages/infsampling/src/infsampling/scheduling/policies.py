@@ -28,7 +28,9 @@ def check_lengths(name: str, lengths: ArrayLike) -> np.ndarray:
     """
     found = np.asarray(lengths, dtype=np.float64)
     if found.ndim != 1 or not np.isfinite(found).all() or (found < 0).any():
-        raise ValueError(message(name, "numbers of at least 0, one per sample", lengths, "see them"))
+        raise ValueError(
+            message(name, "numbers of at least 0, one per sample", lengths, "see them")
+        )
     return found
 
 

@@ -97,7 +97,9 @@ def simulate(
     # a sample that ends with its first token never takes a slot
     found = [row for row in found if work[row]]
     if policy in policies.PARKING:
-        plan = parking.Ranking(policy, believed, turn=turn, remaining=remaining)
+        plan = parking.Ranking(
+            policy, believed, turn=turn, remaining=remaining, margin=rerank_every / 2
+        )
         ends, swaps = _park(work, slots, found, plan, sync_every, rerank_every)
         clock = int(ends.max(initial=0))
         return _result(work, slots, ends, clock, swaps, bounds.preemptive_bound(work, slots))

@@ -144,8 +144,8 @@ class SlotState:
         rows: int64 ``(ROW_FIELDS, R + 1)``: tokens so far, most tokens, reason of the end, prefix,
             its start and length, and the two words of the key; the last row belongs to no sample.
         queue: int64 ``(R,)``, rows that wait, in order.
-        counters: int64: next place of the queue, its end, rows that have ended, steps, and the sum
-            of busy slots over steps.
+        counters: int64: next place of the queue, its end, rows that have ended, steps until the
+            last in which a slot was busy, the sum of busy slots over steps, and all steps.
         order: int64 ``(S,)``, slots by prefix.
         tiles: int64 ``(2, S + 1)``: first place in ``order`` and number of slots of each tile.
         tokens: int32 ``(R + 1, T)``, written.

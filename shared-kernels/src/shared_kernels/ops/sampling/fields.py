@@ -31,7 +31,8 @@ TAIL: Final = 1
 FINISHED: Final = 2
 STEPS: Final = 3
 BUSY: Final = 4
-COUNTERS: Final = 5
+CLOCK: Final = 5
+COUNTERS: Final = 6
 
 # values of REASON
 RUNNING: Final = 0

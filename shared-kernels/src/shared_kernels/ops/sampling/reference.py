@@ -102,7 +102,8 @@ def slot_refill_(
         rows[:, last] = 0
         ended = active & (reason > 0)
         counters[f.FINISHED] += ended.sum()
-        counters[f.STEPS] += active.any()
+        counters[f.CLOCK] += 1
+        counters[f.STEPS] = torch.where(active.any(), counters[f.CLOCK], counters[f.STEPS])
         counters[f.BUSY] += active.sum()
     free = (~active | ended) & (lanes < places)
     place = counters[f.HEAD] + free.cumsum(0) - free.long()

@@ -16,7 +16,7 @@ _R_PREFIX, _R_START = (tl.constexpr(x) for x in (f.ROW_PREFIX, f.ROW_START))
 _R_PREFIX_LENGTH = tl.constexpr(f.ROW_PREFIX_LENGTH)
 _R_KEY_LOW, _R_KEY_HIGH = (tl.constexpr(x) for x in (f.ROW_KEY_LOW, f.ROW_KEY_HIGH))
 _HEAD, _TAIL, _FINISHED = (tl.constexpr(x) for x in (f.HEAD, f.TAIL, f.FINISHED))
-_STEPS, _BUSY = (tl.constexpr(x) for x in (f.STEPS, f.BUSY))
+_STEPS, _BUSY, _CLOCK = (tl.constexpr(x) for x in (f.STEPS, f.BUSY, f.CLOCK))
 _STOPPED, _CUT, _NOT_FINITE = (tl.constexpr(x) for x in (f.STOPPED, f.CUT, f.NOT_FINITE))
 
 
@@ -213,7 +213,10 @@ def refill_kernel(
         busy = tl.sum(active.to(tl.int64), 0)
         done = tl.sum(ended.to(tl.int64), 0)
         tl.store(counters_ptr + _FINISHED, tl.load(counters_ptr + _FINISHED) + done)
-        tl.store(counters_ptr + _STEPS, tl.load(counters_ptr + _STEPS) + (busy > 0).to(tl.int64))
+        clock = tl.load(counters_ptr + _CLOCK) + 1
+        steps = tl.load(counters_ptr + _STEPS)
+        tl.store(counters_ptr + _CLOCK, clock)
+        tl.store(counters_ptr + _STEPS, tl.where(busy > 0, clock, steps))
         tl.store(counters_ptr + _BUSY, tl.load(counters_ptr + _BUSY) + busy)
     free = here & ((row < 0) | ended) & (lane < places)
     head = tl.load(counters_ptr + _HEAD)

@@ -30,6 +30,7 @@ def decode_attention(
     order: Tensor,
     tiles: Tensor,
     *,
+    capacity: int | None = None,
     longest: int | None = None,
     scale: float | None = None,
     window: int | None = None,
@@ -47,7 +48,7 @@ def decode_attention(
     Args:
         q: float ``(S, Hq, D)``.
         k: ``(K, Hkv, D)``, the slots' own keys after their position embedding: those of slot ``s``
-            begin at ``s * (K // S)``.
+            begin at ``s * capacity``.
         v: ``(K, Hkv, Dv)``.
         shared_k: ``(M, Hkv, D)``, keys of the prefixes.
         shared_v: ``(M, Hkv, Dv)``.
@@ -58,6 +59,7 @@ def decode_attention(
         order: int64 ``(S,)``, slots in an order in which those of one prefix are neighbours.
         tiles: int64 ``(2, S + 1)``, first place in ``order`` and number of slots of each tile, at
             most `decode_tile`; all slots of a tile have one prefix, and each busy slot is in one.
+        capacity: Keys that a slot has room for; ``K // S`` by default. Idle slots need no room.
         longest: Bound on ``prefix_lengths``; ``M`` by default.
         scale: Of the inner products, positive; ``D ** -0.5`` by default.
         window: Keys ``window`` or more positions behind a query are hidden (sliding window).
@@ -98,7 +100,8 @@ def decode_attention(
             raise ValueError(message(name, "a positive number or None", option, "leave it out"))
     return op.decode_attention(
         *(x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, shared_k, shared_v)),
-        lengths, starts, prefix_lengths, order, tiles, k.shape[0] // max(1, slots),
+        lengths, starts, prefix_lengths, order, tiles,
+        k.shape[0] // max(1, slots) if capacity is None else capacity,
         launch.tile_of(heads, k.shape[1]), shared_k.shape[0] if longest is None else longest,
         dim**-0.5 if scale is None else float(scale), window, softcap, sinks, impl,
     )  # fmt: skip

@@ -23,7 +23,7 @@ def _numba(*args: Any) -> Any:
 decode_attention = declare(
     "decode_attention(Tensor q, Tensor k, Tensor v, Tensor shared_k, Tensor shared_v,"
     " Tensor lengths, Tensor starts, Tensor prefix_lengths, Tensor order, Tensor tiles,"
-    " int capacity, int tile, int longest, float scale, int? window, float? softcap,"
+    " SymInt capacity, int tile, SymInt longest, float scale, int? window, float? softcap,"
     " Tensor? sinks) -> (Tensor, Tensor)",
     implementations={
         "reference": reference.decode_attention,

@@ -58,6 +58,7 @@ def _walk(
     peak = tl.full((BM,), float("-inf"), tl.float32)
     dims = tl.arange(0, BD)
     columns = tl.arange(0, BDV)
+    visible = tl.minimum(visible, end)
     for n in range(begin, end, BN):
         index = n + tl.arange(0, BN)
         inside = index < end

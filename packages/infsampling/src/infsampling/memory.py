@@ -1,0 +1,151 @@
+"""How many slots fit, and how many pay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from shared_kernels.offload.memory import memory_limits
+from shared_kernels.units import format_bytes
+
+from infsampling.scheduling.bounds import free_slots
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from infsampling.config import SamplingConfig
+
+#: Bodies of the logits that a step holds at a time: of the model, and in float32.
+_LOGITS_BYTES = 8
+_PLAN_WITHIN = 1.02
+_MULTIPLE = 8
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Where the memory goes, in bytes, and how many slots that gives.
+
+    Attributes:
+        slots: Samples decoded at once.
+        weights: Of the model, which is there already.
+        kv_per_token: Keys and values of one token, all layers.
+        prefixes: Keys and values of the unique prompts.
+        slot: Keys and values of one slot, and its logits.
+        outputs: Tokens and log-probabilities of all samples.
+        budget: That prefixes, slots and outputs may take; None where ``slots`` were given.
+        full_group: What keys and values of all samples, each with its own prompt, would take.
+    """
+
+    slots: int
+    weights: int
+    kv_per_token: int
+    prefixes: int
+    slot: int
+    outputs: int
+    budget: int | None
+    full_group: int
+
+    @property
+    def total(self) -> int:
+        """Bytes that sampling takes on top of the weights."""
+        return self.prefixes + self.slots * self.slot + self.outputs
+
+    def __str__(self) -> str:
+        """Return a line to read."""
+        return (
+            f"{self.slots} slots of {format_bytes(self.slot)}, prompts "
+            f"{format_bytes(self.prefixes)}, outputs {format_bytes(self.outputs)}: "
+            f"{format_bytes(self.total)} on top of {format_bytes(self.weights)} of weights; a full "
+            f"group would take {format_bytes(self.full_group)}"
+        )
+
+
+def kv_bytes(model: Any) -> int:
+    """Return the bytes of keys and values of one token, over all layers."""
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    size = next(model.parameters()).dtype.itemsize
+    return 2 * config.num_hidden_layers * key_heads * width * size
+
+
+def available(device: torch.device) -> int:
+    """Return the bytes that may still be allocated."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        # what torch's allocator holds and does not use
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return memory_limits().free
+
+
+def make_plan(
+    model: Any,
+    config: SamplingConfig,
+    prompt_lengths: Sequence[int],
+    counts: Sequence[int],
+    *,
+    mean_length: float | None = None,
+) -> MemoryPlan:
+    """Plan a call.
+
+    A step reads the weights once, whatever the slots, and the keys and values of each: with few
+    slots there are many steps, with many a step takes longer. Of the slots that fit, the fewest are
+    taken that are within 2 % of the best modelled time.
+
+    Args:
+        model: Whose weights and geometry count.
+        config: With ``max_slots`` given, no planning is done.
+        prompt_lengths: Tokens of each unique prompt.
+        counts: Samples of each.
+        mean_length: Expected tokens of a sample; half of ``max_new_tokens`` by default.
+
+    Raises:
+        MemoryError: Not even one slot fits into the budget.
+    """
+    per_token, samples = kv_bytes(model), int(sum(counts))
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    slot = config.max_new_tokens * per_token + vocabulary * _LOGITS_BYTES
+    prefixes = int(sum(prompt_lengths)) * per_token
+    outputs = samples * config.max_new_tokens * 8
+    full = sum(n * (p + config.max_new_tokens) for n, p in zip(counts, prompt_lengths, strict=True))
+    wanted = -(-max(1, samples) // 1)
+    budget = None
+    if config.max_slots == "auto":
+        budget = _budget(config, next(model.parameters()).device)
+        fits = (budget - prefixes - outputs) // slot
+        if fits < 1:
+            raise MemoryError(
+                f"memory_budget: {format_bytes(budget)} hold {format_bytes(prefixes)} of prompts, "
+                f"{format_bytes(outputs)} of outputs and no slot of {format_bytes(slot)}; lower "
+                "max_new_tokens, sample fewer prompts at a time, or free memory"
+            )
+        expected = min(mean_length or config.max_new_tokens / 2, config.max_new_tokens)
+        best = _fastest(samples, config.max_new_tokens, expected, weights, prefixes, per_token)
+        wanted = min(wanted, best, fits)
+    else:
+        wanted = min(wanted, config.max_slots)
+    return MemoryPlan(wanted, weights, per_token, prefixes, slot, outputs, budget, full * per_token)
+
+
+def _budget(config: SamplingConfig, device: torch.device) -> int:
+    share = 0.9 if config.memory_budget is None else config.memory_budget
+    return int(available(device) * share) if share <= 1 else int(share)
+
+
+def _fastest(
+    samples: int, most: int, mean: float, weights: int, prefixes: int, per_token: int
+) -> int:
+    """Return the fewest slots whose modelled time is close to the best."""
+
+    def seconds(slots: int) -> float:
+        steps = max(most, samples * mean / slots)
+        return steps * (weights + prefixes + slots * mean / 2 * per_token)
+
+    sizes = [*range(_MULTIPLE, samples, _MULTIPLE), samples]
+    least = min(map(seconds, sizes))
+    chosen = next(size for size in sizes if seconds(size) <= _PLAN_WITHIN * least)
+    # fewer than these cannot be as quick as one slot for each sample
+    return max(chosen, min(samples, free_slots([most, *[mean] * (samples - 1)])))
