@@ -1,4 +1,4 @@
-"""The sampler against sequential generation, against itself under every schedule, and its limits."""
+"""The sampler against sequential generation, itself under every schedule, and bad input."""
 
 import copy
 import math
@@ -251,11 +251,9 @@ def test_steps_are_those_of_the_simulator(llama, policy, slots):
     assert [len(ids) for ids in found.completion_ids] == lengths
     assert set(found.finish_reason) == {"length"}
     work = np.array(lengths) - 1
-    expected = simulate(work, slots, policy, np.array(lengths, float) - 1, groups=[0] * 9 + [1] * 14,
-                        turn=4, sync_every=2, rerank_every=4)  # fmt: skip
-    if policy == "group_sjf":
-        assert found.stats.decode_steps >= expected.lower_bound
-        return
+    expected = simulate(
+        work, slots, policy, work, groups=[0] * 9 + [1] * 14, turn=4, sync_every=2, rerank_every=4
+    )
     assert found.stats.decode_steps == expected.steps
     assert found.stats.swaps == expected.swaps
     assert found.stats.slot_utilisation == pytest.approx(expected.utilisation)
@@ -278,7 +276,7 @@ def test_plan_of_the_slots(llama):
     assert 50 <= many.slots <= 100
     assert many.total < many.full_group + many.outputs + many.slots * 96 * 8
     assert "slots of" in str(many)
-    with pytest.raises(MemoryError, match="memory_budget: .* no slot of"):
+    with pytest.raises(MemoryError, match=r"memory_budget: .* no slot of"):
         InfiniteSampler(llama, config(max_slots="auto", memory_budget=1000)).generate(PROMPTS, 1)
 
 
@@ -429,7 +427,7 @@ def test_bad_prompts(llama):
     sampler = InfiniteSampler(llama, config())
     with pytest.raises(ValueError, match="prompt 1 has no token"):
         sampler.generate([[3], []], 1)
-    with pytest.raises(ValueError, match="prompt 0 has token 96 .* 0 to 95"):
+    with pytest.raises(ValueError, match=r"prompt 0 has token 96 .* 0 to 95"):
         sampler.generate([[96]], 1)
     with pytest.raises(ValueError, match="need 65 positions, and the model has 64"):
         sampler.generate([[5] * 42], 1)

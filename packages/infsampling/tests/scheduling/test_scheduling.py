@@ -161,7 +161,7 @@ def test_improve_never_worsens():
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="policy: expected .*lpt"):
+    with pytest.raises(ValueError, match=r"policy: expected .*lpt"):
         order([1.0], 1, "longest")
     with pytest.raises(ValueError, match="slots"):
         schedule([1.0], 0)

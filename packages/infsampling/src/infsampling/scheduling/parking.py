@@ -74,10 +74,9 @@ class Ranking:
         """
         rank = lambda row: self.priority(row, int(done[row]))  # noqa: E731
         waiting = sorted([*parked, *fresh], key=rank, reverse=True)
-        into, out = [], []
-        for slot in (slot for slot, row in enumerate(held) if row < 0):
-            if waiting:
-                into.append((slot, waiting.pop(0)))
+        free = [slot for slot, row in enumerate(held) if row < 0]
+        into, out = list(zip(free, waiting, strict=False)), []
+        waiting = waiting[len(into) :]
         if full and waiting:
             running = sorted((slot for slot, row in enumerate(held) if row >= 0),
                              key=lambda slot: rank(held[slot]))  # fmt: skip
