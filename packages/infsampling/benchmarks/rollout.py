@@ -1,0 +1,212 @@
+"""Sampling a group beside `generate` of transformers, as TRL calls it by default.
+
+On a GPU: Qwen3-1.7B's shape with random weights in bfloat16, so times and bytes say something and
+texts do not. Lengths are forced, and are measured ones: those of SmolLM2's answers in
+``tests/scheduling/smollm2_lengths.json``, scaled to the workload's longest. `generate` goes on until
+the longest is done, as it does when rows end by themselves.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from shared_kernels.bench import Arm, Workload, benchmark
+
+MEASURED = Path(__file__).parent.parent / "tests" / "scheduling" / "smollm2_lengths.json"
+SHAPE = {
+    "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "head_dim": 128,
+    "num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 151936,
+    "tie_word_embeddings": True, "max_position_embeddings": 40960,
+}  # fmt: skip
+KV_PER_TOKEN = 2 * 28 * 8 * 128 * 2
+
+
+def lengths(count, longest):
+    """Measured lengths, scaled so that the cap of 512 becomes ``longest``."""
+    found = np.concatenate([group for group in json.loads(MEASURED.read_text())["groups"]])
+    drawn = np.random.default_rng(0).choice(found, count)
+    return np.maximum(1, np.ceil(drawn * longest / 512)).astype(int).tolist()
+
+
+def make_model(device):
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    default = torch.get_default_dtype()
+    with torch.device(device):
+        torch.set_default_dtype(torch.bfloat16)
+        model = Qwen3ForCausalLM(Qwen3Config(**SHAPE)).eval()
+        torch.set_default_dtype(default)
+    return model
+
+
+def sampler_of(model, **config):
+    from infsampling import InfiniteSampler, SamplingConfig
+
+    return InfiniteSampler(model, SamplingConfig(eos_token_id=(2,), policy="lpt", **config))
+
+
+def oracle(forced):
+    from infsampling import OracleLengths
+
+    return OracleLengths([forced])
+
+
+def plain(model, prompt, count, tokens):
+    """What TRL does by default: the prompt once for each sample, and a mask."""
+    ids = torch.tensor([prompt] * count, device=model.device)
+    with torch.no_grad():
+        return model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_k=0,
+            top_p=1.0, max_new_tokens=tokens, min_new_tokens=tokens, eos_token_id=2, pad_token_id=0,
+        )  # fmt: skip
+
+
+def group(name, device, count, prompt, longest, slots):
+    """A whole group: `generate`, and the sampler with these slots."""
+    model = make_model(device)
+    ids = list(range(1000, 1000 + prompt))
+    forced = lengths(count, longest)
+
+    def arm(places):
+        sampler = sampler_of(model, max_slots=places, max_new_tokens=longest)
+        sampler.length_predictor = oracle(forced)
+
+        def run():
+            return sampler.generate([ids], count, forced_lengths=forced)
+
+        return sampler, run
+
+    arms = {places: arm(places) for places in slots}
+
+    def check():
+        for sampler, run in arms.values():
+            found = run()
+            assert [len(tokens) for tokens in found.completion_ids] == forced
+            assert found.stats.prefill_tokens == prompt
+            assert run().stats.graph_captures == 0
+            # memory is measured with nothing held from before
+            sampler._engine = None
+
+    yield Workload(
+        name=name, device=device, check=check, baseline="generate", clock="wall",
+        params={
+            "samples": count, "prompt": prompt, "longest": max(forced), "tokens": sum(forced),
+            "shape": "Qwen3-1.7B",
+        },
+        arms=[
+            Arm(name="generate", fn=lambda: plain(model, ids, count, max(forced))),
+            *(Arm(name=f"infsampling, {places} slots", fn=run)
+              for places, (_, run) in arms.items()),
+        ],
+    )  # fmt: skip
+
+
+@benchmark
+def rollout(device):
+    """64 samples of at most 128 tokens."""
+    if device != "cpu":
+        yield from group("rollout/64", device, 64, 256, 128, (64, 32))
+
+
+@benchmark
+def memory(device):
+    """32 samples of at most 1024 tokens, in the slots that cost no steps."""
+    if device != "cpu":
+        from infsampling.scheduling import free_slots
+
+        slots = free_slots([n - 1 for n in lengths(32, 1024)])
+        yield from group("memory/32", device, 32, 256, 1024, (slots,))
+
+
+@benchmark
+def step(device):
+    """One step at a mean of 500 tokens a slot, compiled and not."""
+    if device == "cpu":
+        return
+    model = make_model(device)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    ids, tokens = list(range(1000, 1256)), 1000
+    for slots in (32, 64):
+        samplers = {
+            name: sampler_of(model, max_slots=slots, max_new_tokens=1024, compile=compiled)
+            for name, compiled in (("graph", False), ("graph of a compiled step", True))
+        }
+
+        def run(sampler, slots=slots):
+            found = sampler.generate([ids], slots, forced_lengths=[tokens] * slots).stats
+            return found.decode_seconds / found.decode_steps
+
+        def check(samplers=samplers, run=run):
+            for sampler in samplers.values():
+                assert run(sampler) > 0
+                assert sampler._engine._graph is not None
+
+        floor = weights + (len(ids) + slots * tokens // 2) * KV_PER_TOKEN
+        yield Workload(
+            name=f"step/{slots}", device=device, check=check, baseline="graph", clock="returned",
+            params={"slots": slots, "prompt": len(ids), "mean_tokens": tokens // 2,
+                    "shape": "Qwen3-1.7B"},
+            arms=[Arm(name=name, fn=lambda s=s, run=run: run(s), bytes=floor)
+                  for name, s in samplers.items()],
+        )  # fmt: skip
+
+
+@benchmark
+def prompt(device):
+    """A step of 64 slots on one prompt of 8192 tokens, and on 64 prompts of that length."""
+    if device == "cpu":
+        return
+    model, tokens, count = make_model(device), 128, 64
+    shared = [i % 1000 for i in range(8192)]
+    private = [[5000 + number, *shared[1:]] for number in range(count)]
+    sampler = sampler_of(model, max_slots=count, max_new_tokens=tokens)
+
+    def run(prompts):
+        found = sampler.generate(
+            prompts, count // len(prompts), forced_lengths=[tokens] * count
+        ).stats
+        assert found.prefill_tokens == 8192 * len(prompts)
+        sampler._engine = None
+        torch.cuda.empty_cache()
+        return found.decode_seconds / found.decode_steps
+
+    def check():
+        assert run([shared]) > 0
+
+    yield Workload(
+        name="prompt/8k", device=device, check=check, baseline="private", clock="returned",
+        params={"slots": count, "prompt": 8192, "tokens": tokens, "shape": "Qwen3-1.7B"},
+        arms=[Arm(name="private", fn=lambda: run(private)),
+              Arm(name="shared", fn=lambda: run([shared]))],
+    )  # fmt: skip
+
+
+@benchmark
+def many(device):
+    """Seconds a token of 64 and of 4096 samples in 64 slots."""
+    if device == "cpu":
+        return
+    model, longest = make_model(device), 128
+    ids = list(range(1000, 1256))
+    forced = {count: lengths(count, longest) for count in (64, 4096)}
+    samplers = {count: sampler_of(model, max_slots=64, max_new_tokens=longest) for count in forced}
+
+    def run(count):
+        sampler = samplers[count]
+        sampler.length_predictor = oracle(forced[count])
+        found = sampler.generate([ids], count, forced_lengths=forced[count]).stats
+        sampler._engine = None
+        return (found.prefill_seconds + found.decode_seconds) / found.new_tokens
+
+    def check():
+        assert all(run(count) > 0 for count in forced)
+
+    yield Workload(
+        name="many/4096", device=device, check=check, baseline="64 samples", clock="returned",
+        params={"slots": 64, "prompt": 256, "longest": longest, "shape": "Qwen3-1.7B"},
+        arms=[Arm(name=f"{count} samples", fn=lambda count=count: run(count)) for count in forced],
+    )  # fmt: skip
