@@ -2,8 +2,8 @@
 
 On a GPU: Qwen3-1.7B's shape with random weights in bfloat16, so times and bytes say something and
 texts do not. Lengths are forced, and are measured ones: those of SmolLM2's answers in
-``tests/scheduling/smollm2_lengths.json``, scaled to the workload's longest. `generate` goes on until
-the longest is done, as it does when rows end by themselves.
+``tests/scheduling/smollm2_lengths.json``, scaled to the workload's longest. `generate` goes on
+until the longest is done, as it does when rows end by themselves.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ KV_PER_TOKEN = 2 * 28 * 8 * 128 * 2
 
 def lengths(count, longest):
     """Measured lengths, scaled so that the cap of 512 becomes ``longest``."""
-    found = np.concatenate([group for group in json.loads(MEASURED.read_text())["groups"]])
+    found = np.concatenate(list(json.loads(MEASURED.read_text())["groups"]))
     drawn = np.random.default_rng(0).choice(found, count)
     return np.maximum(1, np.ceil(drawn * longest / 512)).astype(int).tolist()
 
@@ -65,6 +65,16 @@ def plain(model, prompt, count, tokens):
         )  # fmt: skip
 
 
+def peak(sampler, run):
+    """Bytes on top of what was there before, with nothing held from an earlier call."""
+    sampler._engine = None
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def group(name, device, count, prompt, longest, slots):
     """A whole group: `generate`, and the sampler with these slots."""
     model = make_model(device)
@@ -88,14 +98,17 @@ def group(name, device, count, prompt, longest, slots):
             assert [len(tokens) for tokens in found.completion_ids] == forced
             assert found.stats.prefill_tokens == prompt
             assert run().stats.graph_captures == 0
-            # memory is measured with nothing held from before
-            sampler._engine = None
 
     yield Workload(
         name=name, device=device, check=check, baseline="generate", clock="wall",
         params={
             "samples": count, "prompt": prompt, "longest": max(forced), "tokens": sum(forced),
             "shape": "Qwen3-1.7B",
+            # an arm's own peak does not show the buffers that a sampler keeps between calls
+            "peak_bytes": {
+                str(places): peak(sampler, run) for places, (sampler, run) in arms.items()
+            },
+            "steps": {str(places): run().stats.decode_steps for places, (_, run) in arms.items()},
         },
         arms=[
             Arm(name="generate", fn=lambda: plain(model, ids, count, max(forced))),
@@ -163,19 +176,22 @@ def prompt(device):
     model, tokens, count = make_model(device), 128, 64
     shared = [i % 1000 for i in range(8192)]
     private = [[5000 + number, *shared[1:]] for number in range(count)]
-    sampler = sampler_of(model, max_slots=count, max_new_tokens=tokens)
+    samplers = {
+        size: sampler_of(model, max_slots=count, max_new_tokens=tokens) for size in (1, count)
+    }
 
     def run(prompts):
-        found = sampler.generate(
-            prompts, count // len(prompts), forced_lengths=[tokens] * count
-        ).stats
+        found = (
+            samplers[len(prompts)]
+            .generate(prompts, count // len(prompts), forced_lengths=[tokens] * count)
+            .stats
+        )
         assert found.prefill_tokens == 8192 * len(prompts)
-        sampler._engine = None
-        torch.cuda.empty_cache()
         return found.decode_seconds / found.decode_steps
 
     def check():
         assert run([shared]) > 0
+        assert run(private) > 0
 
     yield Workload(
         name="prompt/8k", device=device, check=check, baseline="private", clock="returned",
@@ -199,7 +215,6 @@ def many(device):
         sampler = samplers[count]
         sampler.length_predictor = oracle(forced[count])
         found = sampler.generate([ids], count, forced_lengths=forced[count]).stats
-        sampler._engine = None
         return (found.prefill_seconds + found.decode_seconds) / found.new_tokens
 
     def check():
@@ -207,6 +222,12 @@ def many(device):
 
     yield Workload(
         name="many/4096", device=device, check=check, baseline="64 samples", clock="returned",
-        params={"slots": 64, "prompt": 256, "longest": longest, "shape": "Qwen3-1.7B"},
+        params={
+            "slots": 64, "prompt": 256, "longest": longest, "shape": "Qwen3-1.7B",
+            "peak_bytes": {
+                str(count): peak(samplers[count], lambda count=count: run(count))
+                for count in forced
+            },
+        },
         arms=[Arm(name=f"{count} samples", fn=lambda count=count: run(count)) for count in forced],
     )  # fmt: skip
