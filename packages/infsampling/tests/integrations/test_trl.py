@@ -5,6 +5,7 @@ import torch
 from datasets import Dataset
 from infsampling import InfiniteSampler, SamplingConfig
 from infsampling.integrations.trl import make_rollout_func
+from infsampling.trainer import LOSS_TYPES, grpo_loss, loss_items
 from shared_kernels.testing.models import tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -134,3 +135,35 @@ def test_fsdp_is_refused():
     trainer = type("T", (), {"is_fsdp_enabled": True})
     with pytest.raises(ValueError, match="FSDP"):
         make_rollout_func()([], trainer)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_the_losses_are_trls(tmp_path, tokenizer, loss_type):
+    """The trainer's own method on the same tensors."""
+    options = {"epsilon": 0.2, "epsilon_high": 0.28}
+    made = trainer(
+        tmp_path, tokenizer, make_rollout_func(), ["w20"], loss_type=loss_type, **options
+    )
+    # with this from the beginning it would load a reference model
+    made.beta = options["beta"] = 0.05
+    g = torch.Generator().manual_seed(0)
+    logps = -torch.rand(8, 8, generator=g)
+    old, ref = (logps + 0.5 * torch.randn(8, 8, generator=g) for _ in range(2))
+    mask = (torch.arange(8) < torch.randint(1, 9, (8, 1), generator=g)).int()
+    advantages = torch.randn(8, generator=g)
+    theirs, ours = (logps.clone().requires_grad_() for _ in range(2))
+    made._get_per_token_logps_and_entropies = lambda *a, **k: (theirs, torch.zeros(8, 8), None)
+    made.current_gradient_accumulation_steps = 1
+    made.model.train()
+    ids = torch.zeros(8, 2, dtype=torch.long)
+    expected = made._compute_loss(made.model, {
+        "prompt_ids": ids, "prompt_mask": torch.ones_like(ids), "completion_mask": mask,
+        "completion_ids": torch.zeros(8, 8, dtype=torch.long), "advantages": advantages,
+        "old_per_token_logps": old, "ref_per_token_logps": ref, "num_items_in_batch": mask.sum(),
+    })  # fmt: skip
+    expected.backward()
+    found = grpo_loss(ours, old, ref, advantages, mask, loss_type=loss_type,
+                      num_items=loss_items(mask, loss_type, 8), **options)  # fmt: skip
+    found.backward()
+    assert float(found.detach()) == pytest.approx(float(expected.detach()), abs=1e-6)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-6)

@@ -1,0 +1,5 @@
+"""Group relative policy optimisation on samples of this package."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

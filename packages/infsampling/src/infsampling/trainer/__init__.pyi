@@ -1,0 +1,4 @@
+from .losses import LOSS_TYPES as LOSS_TYPES
+from .losses import group_advantages as group_advantages
+from .losses import grpo_loss as grpo_loss
+from .losses import loss_items as loss_items
