@@ -138,7 +138,8 @@ def test_fsdp_is_refused():
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_the_losses_are_trls(tmp_path, tokenizer, loss_type):
+@pytest.mark.parametrize("corrected", [False, True])
+def test_the_losses_are_trls(tmp_path, tokenizer, loss_type, corrected):
     """The trainer's own method on the same tensors."""
     options = {"epsilon": 0.2, "epsilon_high": 0.28}
     made = trainer(
@@ -146,6 +147,7 @@ def test_the_losses_are_trls(tmp_path, tokenizer, loss_type):
     )
     # with this from the beginning it would load a reference model
     made.beta = options["beta"] = 0.05
+    made.args.use_bias_correction_kl = options["use_bias_correction_kl"] = corrected
     g = torch.Generator().manual_seed(0)
     logps = -torch.rand(8, 8, generator=g)
     old, ref = (logps + 0.5 * torch.randn(8, 8, generator=g) for _ in range(2))

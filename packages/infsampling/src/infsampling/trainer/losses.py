@@ -72,6 +72,7 @@ def grpo_loss(
     epsilon: float = 0.2,
     epsilon_high: float | None = None,
     beta: float = 0.0,
+    use_bias_correction_kl: bool = False,
 ) -> Tensor:
     """Return the clipped policy-gradient loss of a part of a batch.
 
@@ -93,6 +94,8 @@ def grpo_loss(
         epsilon: Of the clip.
         epsilon_high: Of the clip above; ``epsilon`` by default.
         beta: Weight of the divergence from the reference.
+        use_bias_correction_kl: Weigh the divergence by rho, so that its gradient is unbiased off the
+            policy (DeepSeek-V3.2, arXiv:2512.02556); TRL 1.16 does so by default.
 
     Raises:
         ValueError: Shapes that do not fit, an unknown type, or no reference for ``beta``.
@@ -118,7 +121,10 @@ def grpo_loss(
     per_token = -torch.minimum(ratio * gain, ratio.clamp(1 - epsilon, 1 + high) * gain)
     if beta and ref_logps is not None:
         d = torch.where(counted, ref_logps, 0.0) - new
-        per_token = per_token + beta * (d.exp() - d - 1)
+        divergence = d.exp() - d - 1
+        if use_bias_correction_kl:
+            divergence = ratio * divergence
+        per_token = per_token + beta * divergence
     per_token = torch.where(counted, per_token, 0.0)
     if loss_type == "grpo":
         return (per_token.sum(1) / counted.sum(1).clamp(min=1)).sum() / num_items
