@@ -94,8 +94,8 @@ def grpo_loss(
         epsilon: Of the clip.
         epsilon_high: Of the clip above; ``epsilon`` by default.
         beta: Weight of the divergence from the reference.
-        use_bias_correction_kl: Weigh the divergence by rho, so that its gradient is unbiased off the
-            policy (DeepSeek-V3.2, arXiv:2512.02556); TRL 1.16 does so by default.
+        use_bias_correction_kl: Weigh the divergence by rho, so that its gradient is unbiased off
+            the policy (DeepSeek-V3.2, arXiv:2512.02556); TRL 1.16 does so by default.
 
     Raises:
         ValueError: Shapes that do not fit, an unknown type, or no reference for ``beta``.
