@@ -495,3 +495,12 @@ def test_moved_weights_are_found(llama):
     model.to(torch.float64).to(torch.float32)
     assert sampler.generate([PROMPTS[0]], 9).completion_ids == before.completion_ids
     assert sampler._engine is not engine
+
+
+def test_no_dropout_while_sampling():
+    model = tiny_model("gpt2").train()
+    assert any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.modules())
+    found = InfiniteSampler(model, config()).generate([PROMPTS[0]], 9)
+    assert model.training
+    still = InfiniteSampler(model.eval(), config()).generate([PROMPTS[0]], 9)
+    assert (found.completion_ids, found.logprobs) == (still.completion_ids, still.logprobs)
