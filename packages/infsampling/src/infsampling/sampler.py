@@ -2,94 +2,23 @@
 
 from __future__ import annotations
 
-import logging
-import time
-import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from shared_kernels._checks import check_range, message
 from shared_kernels.models import attention_of, configs_of
-from shared_kernels.ops.sampling import fields as f
 
 from infsampling import memory, support
 from infsampling.attention import NAME
 from infsampling.config import SamplingConfig
 from infsampling.engine import Engine, Sizes, compiled, fingerprint
-from infsampling.errors import SamplingWarning
-from infsampling.keys import prompt_uid, sample_keys
-from infsampling.length_prediction import PromptState
-from infsampling.output import FINISH_REASONS, Completion, SamplingOutput, SamplingStats
-from infsampling.scheduling import bounds, parking, policies
+from infsampling.run import Run, counts_of
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence
 
-    from torch import Tensor
-
-    from infsampling.cache import Parked
     from infsampling.length_prediction import LengthPredictor
-
-_LOG = logging.getLogger(__name__)
-
-
-class _Request:
-    """What is to be sampled: unique prompts, and for every sample which is its."""
-
-    def __init__(
-        self,
-        prompts: Sequence[Sequence[int]],
-        counts: Sequence[int],
-        sample_ids: Sequence[int] | None,
-        forced: Sequence[int] | None,
-        most: int,
-    ) -> None:
-        self.prompts: list[list[int]] = []
-        known: dict[tuple[int, ...], int] = {}
-        seen: list[int] = []
-        self.unique: list[int] = []
-        self.prompt_index: list[int] = []
-        self.sample_index: list[int] = []
-        for given, (ids, count) in enumerate(zip(prompts, counts, strict=True)):
-            key = tuple(ids)
-            unique = known.setdefault(key, len(known))
-            if unique == len(self.prompts):
-                self.prompts.append(list(key))
-                seen.append(0)
-            self.unique += [unique] * count
-            self.prompt_index += [given] * count
-            self.sample_index += range(seen[unique], seen[unique] + count)
-            seen[unique] += count
-        if sample_ids is not None:
-            self.sample_index = _as_integers("sample_ids", sample_ids, len(self.unique), 0)
-            pairs = set(zip(self.unique, self.sample_index, strict=True))
-            if len(pairs) < len(self.unique):
-                raise ValueError(
-                    "sample_ids: two samples of one prompt have the same number, and would be the "
-                    "same; number the samples of a prompt over all ranks"
-                )
-        self.limits = [most] * len(self.unique)
-        if forced is not None:
-            self.limits = _as_integers("forced_lengths", forced, len(self.unique), 1)
-            if max(self.limits, default=1) > most:
-                raise ValueError(
-                    message("forced_lengths", f"at most max_new_tokens={most}", max(self.limits),
-                            "raise max_new_tokens")
-                )  # fmt: skip
-        self.rows_of: list[list[int]] = [[] for _ in self.prompts]
-        for row, unique in enumerate(self.unique):
-            self.rows_of[unique].append(row)
-
-
-def _as_integers(name: str, values: Sequence[int], count: int, least: int) -> list[int]:
-    found = [int(value) for value in values]
-    if len(found) != count:
-        raise ValueError(message(name, f"{count} numbers, one per sample", len(found), "see them"))
-    for value in found:
-        check_range(name, value, least, 1 << 32, "see InfiniteSampler.generate")
-    return found
+    from infsampling.output import Completion, SamplingOutput
 
 
 class InfiniteSampler:
@@ -128,7 +57,7 @@ class InfiniteSampler:
         self.processing_class = processing_class
         self._engine: Engine | None = None
         self._compiled: Any = None
-        self._mean_length: float | None = None
+        self.mean_length: float | None = None
         self._running = False
 
     # --- public ------------------------------------------------------------------------------
@@ -145,9 +74,9 @@ class InfiniteSampler:
         Raises:
             MemoryError: Not even one slot fits.
         """
-        counts = _counts(num_generations, len(prompt_lengths))
+        counts = counts_of(num_generations, len(prompt_lengths))
         return memory.make_plan(
-            self.model, self.config, prompt_lengths, counts, mean_length=self._mean_length
+            self.model, self.config, prompt_lengths, counts, mean_length=self.mean_length
         )
 
     def generate(
@@ -175,7 +104,7 @@ class InfiniteSampler:
                 not fit together.
             MemoryError: Not even one slot fits.
         """
-        run = _Run(self, prompt_ids, num_generations, step, sample_ids, forced_lengths)
+        run = Run(self, prompt_ids, num_generations, step, sample_ids, forced_lengths)
         for _ in run.go():
             pass
         return run.output()
@@ -193,7 +122,7 @@ class InfiniteSampler:
 
         Arguments and errors as in `generate`.
         """
-        run = _Run(self, prompt_ids, num_generations, step, sample_ids, forced_lengths)
+        run = Run(self, prompt_ids, num_generations, step, sample_ids, forced_lengths)
         return run.completions()
 
     def refresh(self) -> None:
@@ -265,291 +194,5 @@ class InfiniteSampler:
 
     def learned(self, mean_length: float) -> None:
         """Remember how long samples were, for the next plan."""
-        before = mean_length if self._mean_length is None else self._mean_length
-        self._mean_length = 0.5 * before + 0.5 * mean_length
-
-
-def _counts(num_generations: int | Sequence[int], prompts: int) -> list[int]:
-    if isinstance(num_generations, int):
-        num_generations = [num_generations] * prompts
-    return _as_integers("num_generations", num_generations, prompts, 0)
-
-
-class _Run:
-    """One call."""
-
-    def __init__(
-        self,
-        sampler: InfiniteSampler,
-        prompt_ids: Sequence[Sequence[int]],
-        num_generations: int | Sequence[int],
-        step: int,
-        sample_ids: Sequence[int] | None,
-        forced: Sequence[int] | None,
-    ) -> None:
-        self.sampler, self.config, self.step = sampler, sampler.config, step
-        counts = _counts(num_generations, len(prompt_ids))
-        vocabulary = sampler.model.get_input_embeddings().weight.shape[0]
-        for number, ids in enumerate(prompt_ids):
-            if not len(ids):
-                raise ValueError(f"prompt_ids: prompt {number} has no token; begin it with a BOS")
-            if min(ids) < 0 or max(ids) >= vocabulary:
-                raise ValueError(
-                    f"prompt_ids: prompt {number} has token {max(ids)} (least {min(ids)}), and the "
-                    f"model knows 0 to {vocabulary - 1}; is the tokenizer the model's?"
-                )
-        most = self.config.max_new_tokens
-        longest = max(map(len, prompt_ids), default=0)
-        support.check_length(sampler.model, longest, most, self.config.max_prompt_tokens)
-        self.request = _Request(prompt_ids, counts, sample_ids, forced, most)
-        self.eos = [] if forced is not None else sampler.eos_token_ids()
-        self.rows = len(self.request.unique)
-        self.order: list[int] = []
-        self.parked: dict[int, Parked] = {}
-        self.parked_bytes = self.swaps = 0
-        self.prefill_seconds = self.decode_seconds = 0.0
-
-    # --- the loop ------------------------------------------------------------------------------
-
-    def go(self) -> Generator[list[int]]:
-        """Sample, and yield the rows that have ended whenever the host looks."""
-        request, sampler = self.request, self.sampler
-        lengths = [len(ids) for ids in request.prompts]
-        plan = memory.make_plan(
-            sampler.model, self.config, lengths, [len(rows) for rows in request.rows_of],
-            mean_length=sampler._mean_length,
-        )  # fmt: skip
-        self.slots = max(1, plan.slots)
-        self.kv_bytes = self.host_syncs = self.captures = 0
-        self.counts, self.reasons = [0] * self.rows, [0] * self.rows
-        self.totals = [0] * f.COUNTERS
-        if not self.rows:
-            return
-        with sampler.prepared():
-            sizes = Sizes(
-                self.slots, self.rows, self.config.max_new_tokens, sum(lengths), max(lengths)
-            )
-            self.engine = engine = sampler.engine_for(sizes, self.eos)
-            began = time.perf_counter()
-            self._begin()
-            self.prefill_seconds = time.perf_counter() - began
-            ended = [row for row, reason in enumerate(self.reasons) if reason]
-            if ended:
-                yield ended
-            began = time.perf_counter()
-            ranking = None
-            if self.config.policy in policies.PARKING:
-                ranking = parking.Ranking(
-                    self.config.policy,
-                    self.predicted - 1,
-                    turn=self.config.turn,
-                    margin=self.config.rerank_every / 2,
-                )
-            yield from self._decode(engine, ranking)
-            self.decode_seconds = time.perf_counter() - began
-            self.kv_bytes = engine.cache.nbytes + engine.store.nbytes
-            self.host_syncs, self.captures = engine.host_syncs, engine.captures
-            self._warn()
-        self._learn()
-
-    def _begin(self) -> None:
-        """Compute the prompts, draw all first tokens, and let the samples wait in order."""
-        request, engine = self.request, self.engine
-        uids = [prompt_uid(ids) for ids in request.prompts]
-        keys = sample_keys(
-            self.config.seed, self.step, [uids[u] for u in request.unique], request.sample_index
-        )
-        rows = torch.zeros_like(engine.state.rows[:, : self.rows], device="cpu")
-        prompts, start = [], 0
-        stops = torch.tensor(self.eos, dtype=torch.int64)
-        for number, (ids, mine) in enumerate(zip(request.prompts, request.rows_of, strict=True)):
-            if mine:
-                logits, hidden = engine.prefill(ids, start)
-                token, logprob, entropy = (
-                    x.cpu() for x in engine.first_tokens(logits, keys[mine].to(engine.device))
-                )
-                samples = [request.sample_index[row] for row in mine]
-                prompts.append(PromptState(ids, hidden, float(entropy[0]), samples))
-                where = torch.tensor(mine)
-                limit = torch.tensor([request.limits[row] for row in mine])
-                good = token >= 0
-                reason = torch.where(limit <= 1, f.CUT, f.RUNNING)
-                reason = torch.where(torch.isin(token, stops), f.STOPPED, reason)
-                reason = torch.where(good, reason, f.NOT_FINITE)
-                for field, value in (
-                    (f.COUNT, good.long()), (f.LIMIT, limit), (f.REASON, reason),
-                    (f.ROW_PREFIX, number), (f.ROW_START, start), (f.ROW_PREFIX_LENGTH, len(ids)),
-                ):  # fmt: skip
-                    rows[field, where] = torch.as_tensor(value, dtype=torch.int64)
-                rows[f.ROW_KEY_LOW :, where] = keys[where].T
-                there = where.to(engine.device)
-                state = engine.state
-                state.tokens[there, 0] = token.clamp(min=0).int().to(engine.device)
-                state.logprobs[there, 0] = logprob.float().to(engine.device)
-            start += len(ids)
-        engine.cache.allocate(engine.store)
-        engine.state.rows.zero_()[:, : self.rows] = rows
-        self.counts, self.reasons = rows[f.COUNT].tolist(), rows[f.REASON].tolist()
-        self.predicted = self._predict(prompts)
-        groups = np.array(request.unique)
-        order = policies.order(
-            # the first token is there already
-            self.predicted - 1,
-            self.slots,
-            self.config.policy,
-            groups=groups,
-        )
-        self.order = [row for row in order if not self.reasons[row]]
-
-    def _predict(self, prompts: list[PromptState]) -> np.ndarray:
-        """Return expected tokens of each sample; of predictions that fail, all the same."""
-        request, predictor = self.request, self.sampler.length_predictor
-        expected = np.full(self.rows, float(self.config.max_new_tokens))
-        if predictor is None or self.config.policy in ("fifo", "turns"):
-            return expected
-        owners = [mine for mine in request.rows_of if mine]
-        try:
-            found = [np.asarray(x, dtype=np.float64) for x in predictor.initial(prompts)]
-            for mine, values in zip(owners, found, strict=True):
-                if values.shape != (len(mine),) or not np.isfinite(values).all():
-                    raise ValueError(f"{len(mine)} finite lengths expected, got {values}")
-                expected[mine] = np.clip(values, 1, self.config.max_new_tokens)
-        except Exception as error:
-            # an order is all that predictions decide: the samples are right without
-            _LOG.warning("length_predictor failed, samples go as they come: %r", error)
-            return np.full(self.rows, float(self.config.max_new_tokens))
-        return expected
-
-    def _decode(self, engine: Engine, ranking: parking.Ranking | None) -> Generator[list[int]]:
-        engine.queue(self.order)
-        every = self.config.sync_every
-        if engine.device.type == "cpu" and ranking is None:
-            # looking costs nothing there
-            every = 1
-        clock, waiting = 0, len(self.order)
-        done = self.rows - waiting
-        if ranking is None:
-            engine.fill()
-        while done < self.rows:
-            if ranking is not None:
-                self._move(engine, ranking, full=clock % self.config.rerank_every == 0)
-            engine.run(every)
-            clock += every
-            totals, held, counts, reasons = engine.progress(self.rows)
-            ended = [
-                r for r, (a, b) in enumerate(zip(self.reasons, reasons, strict=True)) if a != b
-            ]
-            self.totals, self.held, self.counts, self.reasons = totals, held, counts, reasons
-            done += len(ended)
-            if ended:
-                yield ended
-
-    def _move(self, engine: Engine, ranking: parking.Ranking, *, full: bool) -> None:
-        """Take samples out of slots, and put others there."""
-        held = getattr(self, "held", [-1] * self.slots)
-        taken = self.totals[f.HEAD] if hasattr(self, "held") else 0
-        fresh = self.order[taken:]
-        steps = np.array(self.counts) - 1
-        out, into = ranking.choose(held, list(self.parked), fresh, steps, full=full)
-        for slot in out:
-            self.parked[held[slot]] = engine.park(slot, self.counts[held[slot]])
-        self.swaps += len(out)
-        self.parked_bytes = max(self.parked_bytes, sum(p.nbytes for p in self.parked.values()))
-        for slot, row in into:
-            engine.place(slot, row, self.counts[row], self.parked.pop(row, None))
-        started = {row for _, row in into}
-        if out or into or not hasattr(self, "held"):
-            self.order = [row for row in fresh if row not in started]
-            engine.queue(self.order)
-            engine.fill()
-
-    # --- what comes of it ------------------------------------------------------------------------
-
-    def completions(self) -> Generator[Completion]:
-        """Yield completions as they end."""
-        for ended in self.go():
-            yield from self.fetch(ended)
-
-    def fetch(self, rows: list[int]) -> list[Completion]:
-        """Bring samples that have ended to the host."""
-        state, request = self.engine.state, self.request
-        longest = max(self.counts[row] for row in rows)
-        where = torch.tensor(rows, device=self.engine.device)
-        tokens = state.tokens[where, :longest].cpu().long()
-        logprobs = state.logprobs[where, :longest].cpu()
-        return [
-            Completion(
-                request.prompt_index[row], request.sample_index[row],
-                tokens[i, : self.counts[row]].clone(), logprobs[i, : self.counts[row]].clone(),
-                FINISH_REASONS[self.reasons[row]],
-            )
-            for i, row in enumerate(rows)
-        ]  # fmt: skip
-
-    def output(self) -> SamplingOutput:
-        """Return all samples in the order in which they were asked for."""
-        found = self.fetch(list(range(self.rows))) if self.rows else []
-        steps = [max(0, count - 1) for count in self.counts]
-        bound = bounds.preemptive_bound if self.swaps else bounds.lower_bound
-        decoded = self.totals[f.STEPS]
-        stats = SamplingStats(
-            decode_steps=decoded,
-            lower_bound=bound(steps, self.slots),
-            slot_utilisation=self.totals[f.BUSY] / (decoded * self.slots) if decoded else 1.0,
-            slots=self.slots,
-            prefill_tokens=sum(
-                len(ids)
-                for ids, mine in zip(self.request.prompts, self.request.rows_of, strict=True)
-                if mine
-            ),
-            new_tokens=sum(self.counts),
-            kv_bytes=self.kv_bytes,
-            parked_bytes=self.parked_bytes,
-            host_syncs=self.host_syncs,
-            swaps=self.swaps,
-            graph_captures=self.captures,
-            prefill_seconds=self.prefill_seconds,
-            decode_seconds=self.decode_seconds,
-        )
-        return SamplingOutput(
-            [completion.ids.tolist() for completion in found],
-            [completion.logprobs.tolist() for completion in found],
-            [completion.finish_reason for completion in found],
-            [completion.prompt_index for completion in found],
-            [completion.sample_index for completion in found],
-            stats,
-        )
-
-    def _warn(self) -> None:
-        request = self.request
-        bad = [row for row, reason in enumerate(self.reasons) if reason == f.NOT_FINITE]
-        if bad:
-            listed = ", ".join(
-                f"prompt {request.prompt_index[row]} sample {request.sample_index[row]} at token "
-                f"{self.counts[row]}"
-                for row in bad[:5]
-            )
-            warnings.warn(
-                f"{len(bad)} samples ended where a logit was NaN or infinite: {listed}",
-                SamplingWarning, stacklevel=4,
-            )  # fmt: skip
-        if self.config.temperature > 0:
-            tokens = self.engine.state.tokens
-            for mine in request.rows_of:
-                alike = len(mine) > 3 and len({self.counts[row] for row in mine}) == 1
-                if alike and self.counts[mine[0]] > 3:
-                    lines: Tensor = tokens[mine, : self.counts[mine[0]]]
-                    if bool((lines == lines[:1]).all()):
-                        warnings.warn(
-                            f"all {len(mine)} completions of prompt "
-                            f"{request.prompt_index[mine[0]]} are the same: the model is certain",
-                            SamplingWarning, stacklevel=4,
-                        )  # fmt: skip
-
-    def _learn(self) -> None:
-        if self.rows and all(self.reasons):
-            self.sampler.learned(float(np.mean(self.counts)))
-        predictor = self.sampler.length_predictor
-        if predictor is not None:
-            for ids, mine in zip(self.request.prompts, self.request.rows_of, strict=True):
-                predictor.finished(ids, np.array([self.counts[row] for row in mine]))
+        before = mean_length if self.mean_length is None else self.mean_length
+        self.mean_length = 0.5 * before + 0.5 * mean_length
