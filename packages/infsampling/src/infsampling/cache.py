@@ -137,12 +137,9 @@ class Parked:
 
     def __init__(self, region: list[Tensor]) -> None:
         flat = torch.cat([part.reshape(-1) for part in region])
-        self._event: Any = None
         if flat.is_cuda:
             host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
             host.copy_(flat, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
             flat = host
         self.data = flat
 

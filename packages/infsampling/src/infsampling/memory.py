@@ -111,7 +111,7 @@ def make_plan(
     prefixes = int(sum(prompt_lengths)) * per_token
     outputs = samples * config.max_new_tokens * 8
     full = sum(n * (p + config.max_new_tokens) for n, p in zip(counts, prompt_lengths, strict=True))
-    wanted = -(-max(1, samples) // 1)
+    wanted = max(1, samples)
     budget = None
     if config.max_slots == "auto":
         budget = _budget(config, next(model.parameters()).device)

@@ -78,8 +78,8 @@ class RolloutFunction:
 
         if getattr(trainer, "is_fsdp_enabled", False):
             raise ValueError(
-                "rollout_func: the model is sharded by FSDP, which is not supported; use DDP or "
-                "ZeRO up to stage 3 (whose weights are gathered for the whole rollout)"
+                "rollout_func: the model is sharded by FSDP, which is not supported; use DDP, or "
+                "leave rollout_func out"
             )
         ids = self._tokenize(prompts, trainer)
         config = self._settings(trainer)
