@@ -8,7 +8,11 @@ until the longest is done, as it does when rows end by themselves.
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
+import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +69,62 @@ def plain(model, prompt, count, tokens):
         )  # fmt: skip
 
 
+def continuous(model, prompt, forced, attention):
+    """The scheduler of transformers with its CUDA graphs, set up for the call, as TRL does it."""
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+
+    config = ContinuousBatchingConfig(
+        max_requests_per_batch=len(forced), max_memory_percent=0.5, use_cuda_graph=True,
+        q_padding_interval_size=64, kv_padding_interval_size=2048,
+    )  # fmt: skip
+    generation = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=-1,
+        max_new_tokens=max(forced),
+    )  # fmt: skip
+    before = model.config._attn_implementation
+    model.set_attn_implementation(attention)
+    try:
+        with model.continuous_batching_context_manager(
+            generation_config=generation, continuous_batching_config=config, block=True, timeout=5
+        ) as manager:
+            for length in forced:
+                manager.add_request(prompt, max_new_tokens=length)
+            ended = {}
+            while len(ended) < len(forced):
+                output = manager.get_result(timeout=60)
+                if output is None:
+                    raise RuntimeError("the server stopped")
+                if output.is_finished():
+                    ended[output.request_id] = len(output.generated_tokens)
+    finally:
+        model.set_attn_implementation(before)
+    assert sorted(ended.values()) == sorted(forced)
+
+
+@contextmanager
+def flash_attention_3():
+    """Let transformers find the forward kernels of ``fa3-fwd`` under the name that it looks for."""
+    from transformers.utils import import_utils
+
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        (root / "flash_attn_interface.py").write_text("from fa3_fwd_interface import *\n")
+        info = root / "flash_attn_3-3.0.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(
+            "Metadata-Version: 2.1\nName: flash-attn-3\nVersion: 3.0.0\n"
+        )
+        (info / "top_level.txt").write_text("flash_attn_interface\n")
+        (info / "RECORD").write_text("")
+        sys.path.insert(0, folder)
+        for name in ("_package_distribution_mapping", "is_flash_attn_3_available"):
+            getattr(getattr(import_utils, name), "cache_clear", lambda: None)()
+        try:
+            yield
+        finally:
+            sys.path.remove(folder)
+
+
 def peak(sampler, run):
     """Bytes on top of what was there before, with nothing held from an earlier call."""
     sampler._engine = None
@@ -75,8 +135,8 @@ def peak(sampler, run):
     return torch.cuda.max_memory_allocated() - before
 
 
-def group(name, device, count, prompt, longest, slots):
-    """A whole group: `generate`, and the sampler with these slots."""
+def group(name, device, count, prompt, longest, slots, peers=()):
+    """A whole group: `generate`, peers, and the sampler with these slots."""
     model = make_model(device)
     ids = list(range(1000, 1000 + prompt))
     forced = lengths(count, longest)
@@ -112,6 +172,9 @@ def group(name, device, count, prompt, longest, slots):
         },
         arms=[
             Arm(name="generate", fn=lambda: plain(model, ids, count, max(forced))),
+            *(Arm(name=f"continuous batching, {attention}",
+                  fn=lambda a=attention: continuous(model, ids, forced, a))
+              for attention in peers),
             *(Arm(name=f"infsampling, {places} slots", fn=run)
               for places, (_, run) in arms.items()),
         ],
@@ -120,9 +183,15 @@ def group(name, device, count, prompt, longest, slots):
 
 @benchmark
 def rollout(device):
-    """64 samples of at most 128 tokens."""
-    if device != "cpu":
-        yield from group("rollout/64", device, 64, 256, 128, (64,))
+    """64 samples of at most 256 tokens."""
+    if device == "cpu":
+        return
+    if importlib.util.find_spec("fa3_fwd_interface") is None:
+        yield from group("rollout/64", device, 64, 256, 256, (64,), ("sdpa",))
+    else:
+        with flash_attention_3():
+            peers = ("sdpa", "flash_attention_3")
+            yield from group("rollout/64", device, 64, 256, 256, (64,), peers)
 
 
 @benchmark
@@ -137,34 +206,41 @@ def memory(device):
 
 @benchmark
 def step(device):
-    """One step at a mean of 500 tokens a slot, compiled and not."""
+    """One step at a mean of 500 tokens a slot, beside a copy of the bytes that it must move."""
     if device == "cpu":
         return
     model = make_model(device)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     ids, tokens = list(range(1000, 1256)), 1000
     for slots in (32, 64):
-        samplers = {
-            name: sampler_of(model, max_slots=slots, max_new_tokens=1024, compile=compiled)
-            for name, compiled in (("graph", False), ("graph of a compiled step", True))
-        }
+        sampler = sampler_of(model, max_slots=slots, max_new_tokens=1024)
+        floor = weights + (len(ids) + slots * tokens // 2) * KV_PER_TOKEN
+        # a copy reads one half and writes the other
+        source = torch.ones(floor // 2, dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
 
-        def run(sampler, slots=slots):
+        def run(sampler=sampler, slots=slots):
             found = sampler.generate([ids], slots, forced_lengths=[tokens] * slots).stats
             return found.decode_seconds / found.decode_steps
 
-        def check(samplers=samplers, run=run):
-            for sampler in samplers.values():
-                assert run(sampler) > 0
-                assert sampler._engine._graph is not None
+        def copy(source=source, target=target):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            for _ in range(20):
+                target.copy_(source)
+            end.record()
+            end.synchronize()
+            return begin.elapsed_time(end) / 20e3
 
-        floor = weights + (len(ids) + slots * tokens // 2) * KV_PER_TOKEN
+        def check(sampler=sampler, run=run):
+            assert run() > 0
+            assert sampler._engine._graph is not None
+
         yield Workload(
-            name=f"step/{slots}", device=device, check=check, baseline="graph", clock="returned",
+            name=f"step/{slots}", device=device, check=check, baseline="copy", clock="returned",
             params={"slots": slots, "prompt": len(ids), "mean_tokens": tokens // 2,
                     "shape": "Qwen3-1.7B"},
-            arms=[Arm(name=name, fn=lambda s=s, run=run: run(s), bytes=floor)
-                  for name, s in samplers.items()],
+            arms=[Arm(name="copy", fn=copy, bytes=floor), Arm(name="step", fn=run, bytes=floor)],
         )  # fmt: skip
 
 
