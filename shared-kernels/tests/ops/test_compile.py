@@ -12,10 +12,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from shared_kernels.ops import dp, prefix_attention, sampling
+from shared_kernels.ops import dp, prefix_attention, sampling, skinny
 from shared_kernels.ops.prefix_attention import decode
 
-FAMILIES = {"decode": decode, "dp": dp, "prefix": prefix_attention, "sampling": sampling}
+FAMILIES = {
+    "decode": decode, "dp": dp, "prefix": prefix_attention, "sampling": sampling,
+    "skinny": skinny,
+}  # fmt: skip
 
 
 def kernels(folder):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +12,7 @@ from infsampling import memory, support
 from infsampling.attention import NAME
 from infsampling.config import SamplingConfig
 from infsampling.engine import Engine, Sizes, compiled, fingerprint
+from infsampling.fusion import fused_projections
 from infsampling.run import Run, counts_of
 
 if TYPE_CHECKING:
@@ -185,7 +186,9 @@ class InfiniteSampler:
         try:
             for module in training:
                 module.training = False
-            with torch.no_grad(), attention_of(configs_of(self.model), NAME):
+            with torch.no_grad(), attention_of(configs_of(self.model), NAME), ExitStack() as stack:
+                if next(self.model.parameters()).is_cuda:
+                    stack.enter_context(fused_projections(self.model))
                 yield
         finally:
             self._running = False

@@ -1,0 +1,80 @@
+"""Projections of one input in one launch, while few rows are decoded."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from shared_kernels.ops.skinny import MOST_ROWS, skinny_linears
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+#: Submodules that transformers' decoder layers call with the same tensor.
+_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+class _Group:
+    """Linear layers that are computed when the first of them is called."""
+
+    def __init__(self, layers: list[nn.Linear]) -> None:
+        self.layers = layers
+        self.x: Tensor | None = None
+        self.parts: list[Tensor] = []
+        self.left = 0
+
+    def call(self, index: int, x: Tensor) -> Tensor:
+        if x.shape[:-1].numel() > MOST_ROWS:
+            layer = self.layers[index]
+            return nn.functional.linear(x, layer.weight, layer.bias)
+        if self.x is not x:
+            biases = [layer.bias.detach() for layer in self.layers if layer.bias is not None]
+            found = skinny_linears(
+                x.reshape(-1, x.shape[-1]), [layer.weight.detach() for layer in self.layers],
+                biases or None,
+            )  # fmt: skip
+            self.parts = [part.view(*x.shape[:-1], -1) for part in found]
+            self.x, self.left = x, len(self.layers)
+        part = self.parts[index]
+        self.left -= 1
+        if not self.left:
+            # nothing is held from one layer to the next
+            self.x, self.parts = None, []
+        return part
+
+
+def _groups(model: nn.Module) -> Generator[_Group]:
+    for module in model.modules():
+        for names in _TOGETHER:
+            layers: list[Any] = [getattr(module, name, None) for name in names]
+            first = layers[0]
+            # a layer that was exchanged or adapted has a forward of its own
+            if all(type(layer) is nn.Linear and "forward" not in vars(layer) for layer in layers):
+                alike = {(x.in_features, x.weight.dtype, x.weight.device, x.bias is None)
+                         for x in layers}  # fmt: skip
+                if len(alike) == 1 and first.weight.element_size() == 2:
+                    yield _Group(layers)
+
+
+@contextmanager
+def fused_projections(model: nn.Module) -> Generator[int]:
+    """Let queries, keys and values, and gate and up, be one product each for up to 64 rows.
+
+    The modules, their parameters and hooks stay as they are; a call with more rows is computed as
+    ever. Only for 16-bit weights, where reading them is what a step waits for. No gradients.
+
+    Yields:
+        How many such groups the model has.
+    """
+    groups = [*_groups(model)]
+    try:
+        for group in groups:
+            for index, layer in enumerate(group.layers):
+                layer.__dict__["forward"] = partial(group.call, index)
+        yield len(groups)
+    finally:
+        for group in groups:
+            for layer in group.layers:
+                layer.__dict__.pop("forward", None)

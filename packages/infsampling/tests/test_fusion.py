@@ -1,0 +1,69 @@
+"""Projections of one input in one launch."""
+
+import pytest
+import torch
+from infsampling.fusion import fused_projections
+from shared_kernels.testing.models import tiny_inputs, tiny_model
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=False).logits
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gpt2"])
+def test_logits_stay_and_the_model_is_left_as_it_was(name):
+    model = tiny_model(name).bfloat16().eval()
+    ids = tiny_inputs(name)["input_ids"]
+    before = logits(model, ids)
+    kept = {n: m.forward for n, m in model.named_modules()}
+    with pytest.raises(RuntimeError, match="stop"), fused_projections(model) as count:
+        assert (count > 0) == (name != "gpt2")
+        # the reference is the matrix library, one product after the other
+        assert torch.equal(logits(model, ids), before)
+        assert torch.equal(logits(model, ids.repeat(8, 1)), before.repeat(8, 1, 1))
+        raise RuntimeError("stop")
+    assert not any("forward" in vars(m) for m in model.modules())
+    assert {n: m.forward for n, m in model.named_modules()} == kept
+
+
+def test_each_input_is_computed_once_and_weights_are_read_where_they_are(monkeypatch):
+    from infsampling import fusion
+
+    model, calls = tiny_model("llama").bfloat16().eval(), []
+    real = fusion.skinny_linears
+    monkeypatch.setattr(fusion, "skinny_linears", lambda *a: calls.append(len(a[1])) or real(*a))
+    ids = tiny_inputs("llama")["input_ids"]
+    with fused_projections(model):
+        logits(model, ids)
+        layers = model.config.num_hidden_layers
+        assert calls == [3, 2] * layers
+        model.model.layers[0].self_attn.k_proj.weight.data.mul_(3)
+        changed = logits(model, ids)
+        # more rows than the kernel takes
+        calls.clear()
+        logits(model, ids.repeat(9, 1))
+        assert not calls
+    assert torch.equal(changed, logits(model, ids))
+
+
+def test_adapted_and_wide_layers_are_left_alone():
+    model = tiny_model("llama").bfloat16()
+    attention = model.model.layers[0].self_attn
+    attention.q_proj = torch.nn.Sequential(attention.q_proj)
+    with fused_projections(model) as count:
+        assert count == 2 * model.config.num_hidden_layers - 1
+    with fused_projections(tiny_model("llama")) as count:
+        assert count == 0
+
+
+def test_a_compiled_step_takes_them_in():
+    model = tiny_model("llama").bfloat16().eval()
+    ids = tiny_inputs("llama")["input_ids"]
+    step = torch.compile(lambda x: model(input_ids=x, use_cache=False).logits, backend="aot_eager",
+                         fullgraph=True)  # fmt: skip
+    with fused_projections(model), torch.no_grad():
+        found = step(ids)
+        # nothing of a step is held by the next
+        assert torch.equal(step(ids), found)
+    assert torch.equal(found, logits(model, ids))
