@@ -163,10 +163,18 @@ def rollout(device):
     """64 samples of at most 256 tokens."""
     if device == "cpu":
         return
+    yield from group("rollout/64", device, 64, 256, 256, (64,))
+
+
+@benchmark
+def peers(device):
+    """The same beside continuous batching of transformers."""
+    if device == "cpu":
+        return
     from transformers.utils.import_utils import is_flash_attn_3_available
 
-    peers = ("sdpa", "flash_attention_3") if is_flash_attn_3_available() else ("sdpa",)
-    yield from group("rollout/64", device, 64, 256, 256, (64,), peers)
+    attentions = ("sdpa", "flash_attention_3") if is_flash_attn_3_available() else ("sdpa",)
+    yield from group("peers/64", device, 64, 256, 256, (64,), attentions)
 
 
 @benchmark

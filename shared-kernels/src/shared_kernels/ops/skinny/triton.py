@@ -13,18 +13,15 @@ def linears_kernel(
     """Write ``y[:, first : first + n] = x w^T + b`` for a block of outputs."""
     block = tl.program_id(0)
     w, b, n, first = w0, b0, n0, 0
-    if COUNT > 1:
-        if block >= tl.cdiv(n, BLOCK_N):
+    if COUNT > 1 and block >= tl.cdiv(n, BLOCK_N):
+        block -= tl.cdiv(n, BLOCK_N)
+        w, b, first, n = w1, b1, first + n, n1
+        if COUNT > 2 and block >= tl.cdiv(n, BLOCK_N):
             block -= tl.cdiv(n, BLOCK_N)
-            w, b, first, n = w1, b1, first + n, n1
-            if COUNT > 2:
-                if block >= tl.cdiv(n, BLOCK_N):
-                    block -= tl.cdiv(n, BLOCK_N)
-                    w, b, first, n = w2, b2, first + n, n2
-                    if COUNT > 3:
-                        if block >= tl.cdiv(n, BLOCK_N):
-                            block -= tl.cdiv(n, BLOCK_N)
-                            w, b, first, n = w3, b3, first + n, n3
+            w, b, first, n = w2, b2, first + n, n2
+            if COUNT > 3 and block >= tl.cdiv(n, BLOCK_N):
+                block -= tl.cdiv(n, BLOCK_N)
+                w, b, first, n = w3, b3, first + n, n3
     outputs = block * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.arange(0, BLOCK_M)
     inner = tl.arange(0, BLOCK_K)
