@@ -76,6 +76,8 @@ def continuous(model, prompt, forced, attention):
     config = ContinuousBatchingConfig(
         max_requests_per_batch=len(forced), max_memory_percent=0.5, use_cuda_graph=True,
         q_padding_interval_size=64, kv_padding_interval_size=2048,
+        # the wheel's kernels read no block tables
+        max_blocks_per_request=0 if attention.startswith("flash") else None,
     )  # fmt: skip
     generation = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=-1,

@@ -25,7 +25,7 @@ def draw(layout, heads=4, key_heads=2, dim=8, dtype=torch.float64, device="cpu")
     ]
 
 
-def by_rows(q, k, v, layout, window=None):
+def by_rows(q, k, v, layout, window=None, softcap=None, sinks=None):
     """Every text by itself, key by key."""
     out, place = torch.zeros_like(q), layout.prompt_tokens
     texts, first = [], 0
@@ -42,7 +42,12 @@ def by_rows(q, k, v, layout, window=None):
         for at in range(skip, len(text)):
             seen = text[max(0, at + 1 - (window or at + 1)) : at + 1]
             keys, values = (x[seen].repeat_interleave(group, 1) for x in (k, v))
-            weights = torch.softmax(torch.einsum("hd,khd->hk", q[text[at]], keys) * 8**-0.5, 1)
+            logits = torch.einsum("hd,khd->hk", q[text[at]], keys) * 8**-0.5
+            if softcap is not None:
+                logits = softcap * torch.tanh(logits / softcap)
+            powers = logits.exp()
+            total = powers.sum(1) + (0 if sinks is None else sinks.exp())
+            weights = powers / total[:, None]
             rows[text[at]] = torch.einsum("hk,khd->hd", weights, values)
     return torch.stack([rows[i] for i in range(len(out))])
 
@@ -61,6 +66,22 @@ def test_outputs_and_gradients_are_those_of_separate_rows(prompts, continuations
     assert float((out - exact).detach().abs().max()) < 1e-14
     weights = torch.randn_like(exact)
     for a, b in zip(gradients(out, tensors, weights), gradients(exact, tensors, weights),
+                    strict=True):  # fmt: skip
+        assert float((a - b).abs().max()) < 1e-13
+
+
+@pytest.mark.parametrize(("softcap", "sink"), [(0.7, False), (None, True), (0.7, True)])
+def test_caps_and_sinks(softcap, sink):
+    layout = PackedPrompts.build([5], [[3, 1, 4]])
+    tensors = draw(layout)
+    sinks = torch.randn(4, dtype=torch.float64, requires_grad=True) if sink else None
+    options = {"window": 4, "softcap": softcap, "sinks": sinks}
+    out = packed_prefix_attention(*tensors, layout, **options)
+    exact = by_rows(*tensors, layout, **options)
+    leaves = [*tensors, *([sinks] if sink else [])]
+    weights = torch.randn_like(exact)
+    assert float((out - exact).detach().abs().max()) < 1e-14
+    for a, b in zip(gradients(out, leaves, weights), gradients(exact, leaves, weights),
                     strict=True):  # fmt: skip
         assert float((a - b).abs().max()) < 1e-13
 

@@ -17,6 +17,8 @@ from .scheduling import SimResult as SimResult
 from .scheduling import lower_bound as lower_bound
 from .scheduling import schedule as schedule
 from .scheduling import simulate as simulate
+from .trainer import GRPOConfig as GRPOConfig
+from .trainer import GRPOTrainer as GRPOTrainer
 from .trainer import group_advantages as group_advantages
 from .trainer import grpo_loss as grpo_loss
 from .trainer import loss_items as loss_items

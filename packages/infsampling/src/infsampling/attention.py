@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 from shared_kernels.models import register_attention
 from shared_kernels.ops.prefix_attention import shared_prefix_attention
 from shared_kernels.ops.prefix_attention.decode import decode_attention
+from shared_kernels.ops.prefix_attention.training import packed_prefix_attention
 
 if TYPE_CHECKING:
     from shared_kernels.ops.prefix_attention import PrefixLayout
+    from shared_kernels.ops.prefix_attention.training import PackedPrompts
     from torch import Tensor
 
     from infsampling.cache import PrefixStore, SlotCache
@@ -52,6 +54,17 @@ class DecodeCall:
     longest: int
 
 
+@dataclass
+class TrainingCall:
+    """Prompts and all their completions at once, with gradients.
+
+    Attributes:
+        layout: Where they lie.
+    """
+
+    layout: PackedPrompts
+
+
 def attend(
     module: Any,
     query: Tensor,
@@ -63,7 +76,7 @@ def attend(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    infsampling: PrefillCall | DecodeCall | None = None,
+    infsampling: PrefillCall | DecodeCall | TrainingCall | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend for the call; query ``(B, Hq, T, D)``, output ``(B, T, Hq, Dv)``."""
@@ -73,7 +86,15 @@ def attend(
     }  # fmt: skip
     index = module.layer_idx
     if infsampling is None:
-        raise RuntimeError("the attention 'infsampling' runs only inside InfiniteSampler's calls")
+        raise RuntimeError(
+            "the attention 'infsampling' runs only inside calls of InfiniteSampler and GRPOTrainer"
+        )
+    # under autocast, position embeddings leave queries and keys wider than values
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    if isinstance(infsampling, TrainingCall):
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        options["sinks"] = s_aux
+        return packed_prefix_attention(q, k, v, infsampling.layout, **options)[None], None
     shared_k, shared_v = infsampling.store.slabs(index)
     if isinstance(infsampling, PrefillCall):
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))

@@ -47,6 +47,8 @@ class _Layer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Write new keys and values ``(B, heads, T, dim)``, B or T of 1; attention finds them."""
+        # under autocast, a position embedding leaves keys wider than values
+        key_states = key_states.to(value_states.dtype)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         for slab, x in ((self.keys, key_states), (self.values, value_states)):

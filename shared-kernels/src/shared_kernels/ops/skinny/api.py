@@ -1,6 +1,7 @@
 """The public function."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ def skinny_linears(
     if not weights or (biases is not None and len(biases) != len(weights)):
         remedy = "give at least one matrix, and a bias for each or None"
         raise ValueError(message("weights", "as many matrices as biases", len(weights), remedy))
-    check = {"dtypes": (x.dtype,), "device": x.device}
+    check: Any = {"dtypes": (x.dtype,), "device": x.device}
     for weight in weights:
         check_tensor("weights", weight, shape=(None, x.shape[1]), **check)
     for weight, bias in zip(weights, biases or (), strict=False):

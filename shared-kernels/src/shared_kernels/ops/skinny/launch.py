@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
@@ -44,8 +44,9 @@ def skinny_linears(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Te
     more = MOST_MATRICES - len(weights)
     held = [*biases] or [weights[0]]
     wide = x.dtype == torch.float32
+    kernel: Any = kernels.linears_kernel
     with torch.cuda.device_of(x):
-        kernels.linears_kernel[(sum(-(-n // BLOCK_N) for n in sizes),)](
+        kernel[(sum(-(-n // BLOCK_N) for n in sizes),)](
             x, y, *weights, *weights[:1] * more, *held, *held[:1] * (MOST_MATRICES - len(held)),
             *sizes, *[0] * more, rows, inner, x.stride(0), y.stride(0),
             COUNT=len(weights), BIAS=bool(biases),

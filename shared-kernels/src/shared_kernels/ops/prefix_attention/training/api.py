@@ -21,6 +21,8 @@ def packed_prefix_attention(
     *,
     scale: float | None = None,
     window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Attend from prompts to themselves, and from continuations to their prompt and themselves.
@@ -38,7 +40,10 @@ def packed_prefix_attention(
         layout: What lies where.
         scale: Of the inner products; ``D ** -0.5`` by default.
         window: Keys ``window`` or more positions behind a query are hidden (sliding window).
-        impl: ``auto`` (``flash`` for 16 bits on CUDA), ``flash`` or ``reference``.
+        softcap: Logits become ``softcap tanh(logit / softcap)``.
+        sinks: float ``(Hq,)``, a logit per head that joins the softmax with value 0.
+        impl: ``auto`` (``flash`` for 16 bits on CUDA if it has the options), ``flash`` or
+            ``reference``.
 
     Returns:
         ``(T, Hq, Dv)`` in q's dtype, part of the autograd graph.
@@ -58,17 +63,21 @@ def packed_prefix_attention(
     if k.shape[1:] != (v.shape[1], q.shape[2]) or not k.shape[1] or q.shape[1] % k.shape[1]:
         remedy = "query heads must be a multiple of key heads, and keys as wide as queries"
         raise ValueError(message("k", "keys that fit q and v", k, remedy))
-    for name, option in (("scale", scale), ("window", window)):
+    if sinks is not None and sinks.shape != q.shape[1:2]:
+        raise ValueError(message("sinks", f"shape ({q.shape[1]},)", sinks, "one logit per head"))
+    for name, option in (("scale", scale), ("window", window), ("softcap", softcap)):
         if option is not None and not option > 0:
             raise ValueError(message(name, "a positive number or None", option, "leave it out"))
     factor = q.shape[2] ** -0.5 if scale is None else float(scale)
     reason = flash.unsupported(q, v, layout, window)
+    if softcap is not None or sinks is not None:
+        reason = reason or "it has no cap and no sinks"
     if impl == "flash" and reason is not None:
         raise KernelUnavailableError(
             f"packed_prefix_attention: impl='flash' cannot run: {reason}; use impl='auto'"
         )
     if impl == "reference" or reason is not None or not layout.tokens:
-        return reference.packed_prefix_attention(q, k, v, layout, factor, window)
+        return reference.packed_prefix_attention(q, k, v, layout, factor, window, softcap, sinks)
     found: Any = flash.FlashPackedAttention.apply(
         q.contiguous(), k.contiguous(), v.contiguous(), layout, factor
     )
