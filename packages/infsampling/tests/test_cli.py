@@ -10,7 +10,7 @@ from shared_kernels.testing.models import tiny_model
 from tenfold.assets import smollm2
 from transformers import AutoTokenizer
 
-COMMANDS = ("plan", "generate", "simulate", "doctor")
+COMMANDS = ("plan", "generate", "train", "bench", "simulate", "doctor")
 
 
 @pytest.fixture(scope="module")
@@ -124,3 +124,56 @@ def test_doctor(capsys, tiny, tmp_path):
     AutoTokenizer.from_pretrained(smollm2()).save_pretrained(mamba)
     code, printed = run(capsys, "doctor", mamba, "--device", "cpu")
     assert code == 1 and "It cannot be sampled: model:" in printed.out
+
+
+def test_train_resumes(capsys, tiny, tmp_path):
+    data, reward, out = tmp_path / "data.jsonl", tmp_path / "brief.py", tmp_path / "out"
+    data.write_text("".join(json.dumps({"prompt": f"count to {n}", "n": n}) + "\n" for n in (3, 4)))
+    reward.write_text(
+        "def brief(completion_ids, n, **columns):\n"
+        "    return [1.0 * (ids[0] % 2) + 0 * k for ids, k in zip(completion_ids, n)]\n"
+    )
+    options = {
+        "--data": data, "--reward": f"{reward}:brief", "--out": out, "--group": 4, "--batch": 4,
+        "--max-new": 4, "--lr": 1e-2, "--schedule": "constant", "--save-steps": 1,
+        "--device": "cpu",
+    }  # fmt: skip
+
+    def train(**changes):
+        given = options | {f"--{name}": value for name, value in changes.items()}
+        return run(capsys, "train", tiny, "--json", *(x for pair in given.items() for x in pair))
+
+    code, printed = train(steps=1)
+    assert code == 0, printed.err
+    assert [line["step"] for line in json.loads(printed.out)["log"]] == [1]
+    code, printed = train(steps=3)
+    log = json.loads(printed.out)["log"]
+    assert code == 0 and [line["step"] for line in log] == [1, 2, 3]
+    straight = json.loads(train(steps=3, out=tmp_path / "whole")[1].out)["log"]
+    assert [line["reward"] for line in straight] == [line["reward"] for line in log]
+    assert {"model.safetensors", "tokenizer.json"} <= {p.name for p in out.iterdir()}
+    for change, text in (
+        ({"group": 3}, "num_generations"), ({"reward": "brief"}, "module:name"),
+        ({"reward": f"{reward}:long"}, "a function in"), ({"reward": "no_such:f"}, "a module"),
+        ({"reward": "none.py:f"}, "a file that exists"), ({"steps": 0}, "--steps"),
+    ):  # fmt: skip
+        code, printed = train(**({"steps": 1} | change))
+        assert code == 2 and text in printed.err
+    data.write_text('{"text": "x"}\n')
+    code, printed = train(steps=1)
+    assert code == 2 and "line 1" in printed.err
+
+
+def test_bench(capsys, tiny):
+    base = ("bench", tiny, "--group", 3, "--max-new", 5, "--max-slots", 2, "--rounds", 1)
+    code, printed = run(capsys, *base, "--device", "cpu", "--json")
+    assert code == 0, printed.err
+    arms = json.loads(printed.out)["arms"]
+    assert list(arms) == ["infsampling", "generate"]
+    for name in arms:
+        assert arms[name]["failed"] is None
+        assert 3 <= arms[name]["tokens"] <= 15
+        assert arms[name]["tokens_per_second"] > 0
+    code, printed = run(capsys, *base, "--device", "cpu")
+    assert code == 0 and "tokens a second" in printed.out
+    assert run(capsys, *base, "--rounds", 0)[0] == 2

@@ -1,4 +1,4 @@
-"""The ``infsampling`` command line: plans, samples, schedules, and whether a model can be sampled.
+"""The ``infsampling`` command line: plans, samples, trains, and compares.
 
 Results go to stdout, messages to stderr; ``--json`` prints one JSON document instead of tables.
 Exit status: 0 done, 1 the work failed or the model is refused, 2 bad input. No command loads torch
@@ -148,6 +148,137 @@ def generate(
     if json_output:
         return print_json(found)
     print_table([(key.replace("_", " "), f"{value:,}") for key, value in found.items()])
+    return 0
+
+
+@app.command
+def train(
+    model: str,
+    *,
+    data: Path,
+    reward: str,
+    out: Path,
+    steps: int,
+    group: int = 8,
+    batch: int = 8,
+    accumulate: int = 1,
+    max_new: int = 512,
+    max_slots: int | None = None,
+    temperature: float = 1.0,
+    lr: float = 1e-6,
+    schedule: str = "linear",
+    beta: float = 0.0,
+    loss: Literal["dapo", "grpo", "bnpo", "dr_grpo"] = "dapo",
+    lora: int | None = None,
+    save_steps: int = 100,
+    seed: int = 0,
+    device: str | None = None,
+    dtype: Dtype = "auto",
+    json_output: JsonFlag = False,
+) -> int:
+    """Train a model by GRPO on a reward of yours.
+
+    Each step samples the completions of batch * accumulate / group prompts and learns from them.
+    A run that was stopped goes on from its last checkpoint in --out, and makes the same steps as
+    one that was not. The model, or the adapters, and the tokenizer are saved to --out in the end.
+
+    Args:
+        model: Folder or name on the Hugging Face hub.
+        data: JSON lines with a prompt, a text or a list of messages, and what the reward reads.
+        reward: A function, as module:name or file.py:name, called as TRL calls reward functions:
+            with lists prompts, completions, completion_ids and the further columns by name; it
+            returns a number for each completion.
+        out: Folder of checkpoints and of the result.
+        steps: Optimizer steps.
+        group: Completions of each prompt.
+        batch: Completions of one backward pass.
+        accumulate: Backward passes of a step.
+        max_new: Tokens of a completion at most.
+        max_slots: Completions decoded at once; by default what fits and pays.
+        temperature: Of the draws.
+        lr: Learning rate.
+        schedule: Of the learning rate, by its name in transformers: linear, constant, cosine.
+        beta: Weight of the divergence from the model at the start.
+        loss: Variant of the loss.
+        lora: Rank of adapters to train instead of the model (needs peft).
+        save_steps: Steps between two checkpoints.
+        seed: Of the draws and of the order of prompts.
+        device: cpu, or by default a GPU if there is one.
+        dtype: Of the weights; auto takes what the checkpoint has.
+        json_output: Print JSON, the log of each step included.
+    """
+    from infsampling.learning import Lesson, load_reward, read_rows, run
+
+    lesson = Lesson(
+        steps=steps, group=group, batch=batch, accumulate=accumulate, max_new=max_new,
+        max_slots=max_slots, temperature=temperature, lr=lr, schedule=schedule, beta=beta,
+        loss=loss, lora=lora, save_steps=save_steps, seed=seed,
+    )  # fmt: skip
+    function, rows = load_reward(reward), read_rows(data)
+    loaded, tokenizer = _load(model, device, dtype)
+    log = run(loaded, tokenizer, rows, function, lesson, out, on_cpu=loaded.device.type == "cpu")
+    if json_output:
+        return print_json({"out": str(out), "log": log})
+    shown = ("reward", "reward_std", "completions/mean_length", "sampling/tokens_per_second")
+    print_table(
+        [(f"{line['step']:,}", *(f"{line[name]:.3f}" for name in shown)) for line in log],
+        ("step", "reward", "its deviation", "tokens a completion", "sampled tokens a second"),
+    )
+    return 0
+
+
+@app.command
+def bench(
+    model: str,
+    *,
+    prompt: str = "Name a colour and say why you like it.",
+    group: int = 16,
+    max_new: int = 128,
+    max_slots: int | None = None,
+    rounds: int = 3,
+    device: str | None = None,
+    dtype: Dtype = "auto",
+    json_output: JsonFlag = False,
+) -> int:
+    """Time a group of completions here, by this package and by transformers.
+
+    Its generate, and on a GPU its generate_batch. The ways run in turn in one process and the
+    medians are compared. Each draws its own
+    completions at temperature 1, so that lengths differ a little; tokens a second count what each
+    made.
+
+    Args:
+        model: Folder or name on the Hugging Face hub.
+        prompt: A text; in the model's chat template if it has one.
+        group: Completions.
+        max_new: Tokens of a completion at most.
+        max_slots: Completions decoded at once; by default what fits and pays.
+        rounds: Timed rounds, after one to warm up.
+        device: Where to load the model; by default a GPU if there is one.
+        dtype: Of the weights; auto takes what the checkpoint has.
+        json_output: Print JSON.
+    """
+    from infsampling.comparison import compare
+
+    for name, value in (("--group", group), ("--rounds", rounds), ("--max-new", max_new)):
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    loaded, tokenizer = _load(model, device, dtype)
+    found = compare(loaded, tokenizer, prompt, group, max_new, max_slots, rounds)
+    if json_output:
+        return print_json({"name": model, "group": group, "arms": found})
+    print_table(
+        [
+            (
+                name,
+                arm["failed"] or f"{arm['tokens_per_second']:,.1f}",
+                "" if arm["failed"] else f"{arm['seconds']:.2f} s",
+                "" if arm["failed"] else f"{arm['tokens']:,.0f}",
+            )
+            for name, arm in found.items()
+        ],
+        ("way", "tokens a second", "a call", "tokens"),
+    )
     return 0
 
 

@@ -222,6 +222,8 @@ class GRPOTrainer(Trainer):
                 ids, count, step=2 * self.state.global_step + training,
                 sample_ids=self._numbers(ids, count),
             )  # fmt: skip
+        # keys and values make room for activations; recording a step anew is quick
+        self.sampler.close()
         seconds = time.perf_counter() - began
         per = [index for index in range(len(rows)) for _ in range(count)]
         samples = Samples(
