@@ -1,7 +1,7 @@
 """Few rows times several matrices, beside the matrix library one by one and on their joint matrix.
 
-The projections of 28 layers of Qwen3-1.7B's shape in a row, replayed from a CUDA graph as a decoding
-step is: all of them together do not fit into the caches.
+The projections of 28 layers of Qwen3-1.7B's shape in a row, replayed from a CUDA graph as a
+decoding step is: all of them together do not fit into the caches.
 """
 
 from __future__ import annotations
