@@ -131,6 +131,7 @@ def test_train_resumes(capsys, tiny, tmp_path):
     data.write_text("".join(json.dumps({"prompt": f"count to {n}", "n": n}) + "\n" for n in (3, 4)))
     reward.write_text(
         "def brief(completion_ids, n, **columns):\n"
+        f"    open({str(tmp_path / 'calls')!r}, 'a').write('x')\n"
         "    return [1.0 * (ids[0] % 2) + 0 * k for ids, k in zip(completion_ids, n)]\n"
     )
     options = {
@@ -149,6 +150,8 @@ def test_train_resumes(capsys, tiny, tmp_path):
     code, printed = train(steps=3)
     log = json.loads(printed.out)["log"]
     assert code == 0 and [line["step"] for line in log] == [1, 2, 3]
+    # the first step was not taken again
+    assert (tmp_path / "calls").read_text() == "xxx"
     straight = json.loads(train(steps=3, out=tmp_path / "whole")[1].out)["log"]
     assert [line["reward"] for line in straight] == [line["reward"] for line in log]
     assert {"model.safetensors", "tokenizer.json"} <= {p.name for p in out.iterdir()}

@@ -67,3 +67,15 @@ def test_a_compiled_step_takes_them_in():
         # nothing of a step is held by the next
         assert torch.equal(step(ids), found)
     assert torch.equal(found, logits(model, ids))
+
+
+def test_another_input_is_another_product():
+    mlp = torch.nn.Module()
+    mlp.gate_proj, mlp.up_proj = (torch.nn.Linear(8, n, dtype=torch.bfloat16) for n in (6, 5))
+    x, y = torch.randn(2, 3, 8).bfloat16()
+    with torch.no_grad():
+        expected = [mlp.gate_proj(x), mlp.up_proj(y), mlp.up_proj(x), mlp.gate_proj(y)]
+        with fused_projections(mlp) as count:
+            assert count == 1
+            found = [mlp.gate_proj(x), mlp.up_proj(y), mlp.up_proj(x), mlp.gate_proj(y)]
+    assert all(map(torch.equal, found, expected))

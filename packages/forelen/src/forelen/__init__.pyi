@@ -19,6 +19,7 @@ from .pooling import entropy_pool as entropy_pool
 from .reading import UnsupportedModelError as UnsupportedModelError
 from .reading import token_entropy as token_entropy
 from .schedule import LengthAwareBatchSampler as LengthAwareBatchSampler
+from .schedule import SampledLengths as SampledLengths
 from .schedule import gittins_index as gittins_index
 from .schedule import plan_batches as plan_batches
 from .schedule import priority as priority

@@ -5,6 +5,7 @@ from .errors import UnsupportedModelError as UnsupportedModelError
 from .length_prediction import AverageLengths as AverageLengths
 from .length_prediction import LengthPredictor as LengthPredictor
 from .length_prediction import OracleLengths as OracleLengths
+from .length_prediction import ProgressivePredictor as ProgressivePredictor
 from .length_prediction import PromptState as PromptState
 from .memory import MemoryPlan as MemoryPlan
 from .output import Completion as Completion

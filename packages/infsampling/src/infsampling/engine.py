@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from infsampling.attention import DecodeCall, PrefillCall
 from infsampling.cache import Parked, PrefixStore, SlotCache
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Generator, Sequence
 
     from torch import Tensor
 
@@ -112,7 +113,15 @@ class Engine:
         self._call = DecodeCall(self.cache, self.store, tables, sizes.longest)
         self._forward = forward
         self._wants_graph = self.device.type == "cuda" and config.cuda_graph is not False
-        self._graph: Any = None
+        # of steps that are watched, and that are not
+        self._graphs: dict[bool, Any] = {}
+        self._watcher: Callable[[Tensor, Tensor, Tensor], None] | None = None
+        self._watching = False
+        self._watched_forward: Any = None
+        # one object, so that what was compiled with it is found again
+        self._keep = self._keep_hidden
+        self._hidden = self._scratch = self._none
+        self.watch_error: Exception | None = None
 
     def begin(self, eos: Sequence[int]) -> None:
         """Empty all slots, and set the tokens that end a sample."""
@@ -123,20 +132,93 @@ class Engine:
         self.eos.fill_(_NEVER)
         self.eos[: len(eos)] = torch.tensor(list(eos), dtype=torch.int64, device=self.device)
         self.host_syncs = self.captures = 0
+        self._watcher = self.watch_error = None
+        self._watching = False
+
+    # --- who watches ---------------------------------------------------------------------------
+
+    def watch(
+        self, begin: Callable[[Tensor], None], update: Callable[[Tensor, Tensor, Tensor], None],
+        like: Tensor, rows: int,
+    ) -> None:  # fmt: skip
+        """Tell of every step until the next call: `ProgressivePredictor.update` says what.
+
+        Steps are the same otherwise. An error of ``update`` ends it, and is kept in
+        ``watch_error``.
+
+        Args:
+            begin: Called with states ``(lanes, d)`` like those to come.
+            update: Called in every step.
+            like: A final hidden state ``(d,)``.
+            rows: The number for lanes without a sample.
+        """
+        shape = (self.lanes, *like.shape)
+        if self._hidden.shape != shape or self._hidden.dtype != like.dtype:
+            self._hidden = like.new_zeros(shape)
+        self._scratch = torch.full_like(self._none, rows)
+        # it was recorded with what another call's update remembered
+        self._graphs.pop(True, None)
+        begin(self._hidden)
+        if self._forward is not self.model and self._watched_forward is None:
+            # compiled code does not look whether hooks have come or gone
+            self._watched_forward = compiled(self.model)
+        self._watcher, self._watching = update, True
+
+    def unwatch(self, error: Exception) -> None:
+        """Stop telling."""
+        self._watcher, self._watching, self.watch_error = None, False, error
+
+    @contextmanager
+    def _hooked(self) -> Generator[None]:
+        """Within this, a watched step leaves the states that the head reads in their buffer."""
+        if self._watcher is None:
+            yield
+            return
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(self._keep)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def _keep_hidden(self, module: Any, args: tuple[Tensor, ...]) -> None:
+        # a step that is recorded without a watcher must not keep the buffer's address
+        if self._watching:
+            self._hidden.copy_(args[0][:, -1])
+
+    def _tell(self, logits: Tensor) -> None:
+        if self._watcher is None:
+            return
+        row = self.state.slots[f.ROW]
+        try:
+            self._watcher(torch.where(row < 0, self._scratch, row), self._hidden, logits)
+        except Exception as error:
+            self.unwatch(error)
 
     # --- prompts -----------------------------------------------------------------------------
 
-    def prefill(self, ids: Sequence[int], start: int) -> tuple[Tensor, Tensor]:
+    def prefill(
+        self, ids: Sequence[int], start: int, *, states: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Compute a prompt into its place, some tokens at a time.
 
         Returns:
-            Logits ``(1, V)`` of its last token, and that token's final hidden state ``(d,)``.
+            Logits ``(1, V)`` of its last token, that token's final hidden state ``(d,)``, and, if
+            asked for, the final hidden states ``(P, d)`` of all.
         """
         tokens = torch.tensor(ids, dtype=torch.int64, device=self.device)
         size, found = self.config.prefill_chunk, None
         kept: list[Tensor] = []
         head = self.model.get_output_embeddings()
-        hook = head.register_forward_pre_hook(lambda _, args: kept.append(args[0][0, -1].detach()))
+        whole: list[Tensor] = []
+        hooks = [
+            head.register_forward_pre_hook(lambda _, args: kept.append(args[0][0, -1].detach()))
+        ]
+        if states:
+            hooks.append(
+                self.model.base_model.register_forward_hook(
+                    lambda _, args, out: whole.append(out[0][0].detach())
+                )
+            )
         try:
             for low in range(0, len(ids), size):
                 part = tokens[low : low + size]
@@ -149,10 +231,11 @@ class Engine:
                     infsampling=PrefillCall(self.store, layout),
                 ).logits[:, -1]  # fmt: skip
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
         if found is None:
             raise ValueError("prompt_ids: a prompt has no token")
-        return found, kept[-1]
+        return found, kept[-1], torch.cat(whole) if whole else None
 
     def first_tokens(self, logits: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Draw the first token of every sample of a prompt from one row of logits.
@@ -190,15 +273,17 @@ class Engine:
 
     def run(self, steps: int) -> None:
         """Take steps, by the CUDA graph if there is one."""
-        while steps and self._wants_graph and self._graph is None:
-            # a step that is recorded does nothing, so that those before it are taken for real
-            self._warm_up()
-            steps -= 1
-        for _ in range(steps):
-            if self._graph is None:
-                self.step()
-            else:
-                self._graph.replay()
+        with self._hooked():
+            while steps and self._wants_graph and self._watching not in self._graphs:
+                # a step that is recorded does nothing, so that those before it are taken for real
+                self._warm_up()
+                steps -= 1
+            for _ in range(steps):
+                graph = self._graphs.get(self._watching)
+                if graph is None:
+                    self.step()
+                else:
+                    graph.replay()
 
     def _warm_up(self) -> None:
         stream = torch.cuda.Stream(self.device)
@@ -207,15 +292,21 @@ class Engine:
             self.step()
         torch.cuda.current_stream(self.device).wait_stream(stream)
         torch.cuda.synchronize(self.device)
-        graph = torch.cuda.CUDAGraph()
+        graph, watching = torch.cuda.CUDAGraph(), self._watching
         try:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.step()
         except (RuntimeError, torch.AcceleratorError) as error:
+            if watching:
+                # it may be what watches that cannot be recorded: without, it is tried again
+                self.unwatch(self.watch_error or error)
+                return
             self._wants_graph = False
             _LOG.warning("the decoding step cannot be recorded, and runs uncaptured: %s", error)
             return
-        self._graph = graph
+        # a watcher that failed meanwhile is in what was recorded, in part
+        if self._watching == watching:
+            self._graphs[watching] = graph
         self.captures += 1
 
     def step(self) -> None:
@@ -226,12 +317,16 @@ class Engine:
         idle = self.cache.tokens - 1
         self._place.copy_(torch.where(length > 0, self._first + length, idle))
         self.cache.write_to(self._place)
-        logits = self._forward(
+        forward = self._forward
+        if self._watching and self._watched_forward is not None:
+            forward = self._watched_forward
+        logits = forward(
             input_ids=slots[f.TOKEN][:, None], position_ids=slots[f.POSITION][:, None],
             past_key_values=self.cache, use_cache=True, infsampling=self._call,
         ).logits[:, -1]  # fmt: skip
         keys = slots[f.KEY_LOW : f.KEY_HIGH + 1].T
         token, logprob, _ = self._draw(logits, keys, length)
+        self._tell(logits)
         slot_refill_(state, token, logprob, self.eos)
 
     def queue(self, rows: Sequence[int]) -> None:

@@ -23,12 +23,15 @@ class PromptState:
         hidden: float ``(d,)``, the final hidden state of its last token.
         entropy: Of its samples' first token, in nats.
         samples: Numbers of the samples that are wanted.
+        states: float ``(P, d)``, the final hidden states of all its tokens; None unless the
+            predictor has an attribute ``wants_states`` that is true.
     """
 
     ids: Sequence[int]
     hidden: Tensor
     entropy: float
     samples: Sequence[int]
+    states: Tensor | None = None
 
 
 @runtime_checkable
@@ -44,6 +47,55 @@ class LengthPredictor(Protocol):
 
     def finished(self, ids: Sequence[int], lengths: np.ndarray) -> None:
         """Learn how many tokens the samples of a prompt had."""
+        ...
+
+
+@runtime_checkable
+class ProgressivePredictor(LengthPredictor, Protocol):
+    """Also looks at samples while they grow, and predicts again what is to come.
+
+    With ``lrpt`` the samples are ranked anew by it every ``rerank_every`` steps. With ``lpt`` all
+    samples first have ``probe_tokens`` steps (an attribute; 16 without it), and then go on from the
+    longest down; there is no probe where it would be a large part of the work. Other policies do
+    not ask.
+
+    A predictor that fails, or says what is no number, is not asked again in that call.
+    """
+
+    def begin(self, owners: Sequence[int], hidden: Tensor) -> None:
+        """Forget all samples: a call begins to decode. Comes after `initial`.
+
+        Args:
+            owners: Of each of R samples its prompt, a place in what `initial` was given. The
+                samples of a prompt come in the order of their predictions.
+            hidden: float ``(lanes, d)``, like those of `update` in shape, dtype and device.
+        """
+        ...
+
+    def update(self, rows: Tensor, hidden: Tensor, logits: Tensor) -> None:
+        """Look at a token more of the samples that are decoded, in every step.
+
+        A step may be recorded as a CUDA graph, which replays what this does on the device: it must
+        not wait for the device, and has to keep what it remembers where it was in `begin`. A sample
+        may leave its lane and come back to another one; its number stays. Its first token comes
+        from its prompt, so the first update of a sample is of that token.
+
+        Args:
+            rows: int64 ``(lanes,)``, the number of the sample in each lane; R for a lane without
+                one, whose other values say nothing. No other number comes twice.
+            hidden: float ``(lanes, d)``, final hidden states of the tokens just read, which is what
+                the head reads. Overwritten by the next step, as are ``logits``.
+            logits: float ``(lanes, V)``, of the next tokens, neither scaled nor filtered.
+        """
+        ...
+
+    def remaining(self) -> np.ndarray:
+        """Return how many tokens of each sample are expected beyond those of its updates.
+
+        Float ``(R,)``, at least 1, and of samples without an update the whole length. Of samples
+        that have ended it may be any number. An upper quantile serves schedules better than the
+        mean. This may wait for the device.
+        """
         ...
 
 

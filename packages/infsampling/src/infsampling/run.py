@@ -16,7 +16,7 @@ from infsampling import memory, support
 from infsampling.engine import Engine, Sizes
 from infsampling.errors import SamplingWarning
 from infsampling.keys import prompt_uid, sample_keys
-from infsampling.length_prediction import PromptState
+from infsampling.length_prediction import ProgressivePredictor, PromptState
 from infsampling.output import FINISH_REASONS, Completion, SamplingOutput, SamplingStats
 from infsampling.scheduling import bounds, parking, policies
 
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from infsampling.sampler import InfiniteSampler
 
 _LOG = logging.getLogger(__name__)
+#: Steps of a probe, if the predictor does not say.
+PROBE_TOKENS = 16
 
 
 class Request:
@@ -127,6 +129,7 @@ class Run:
         self.order: list[int] = []
         self.parked: dict[int, Parked] = {}
         self.parked_bytes = self.swaps = 0
+        self.failed = False
         self.prefill_seconds = self.decode_seconds = 0.0
 
     # --- the loop ------------------------------------------------------------------------------
@@ -157,15 +160,7 @@ class Run:
             if ended:
                 yield ended
             began = time.perf_counter()
-            ranking = None
-            if self.config.policy in policies.PARKING:
-                ranking = parking.Ranking(
-                    self.config.policy,
-                    self.predicted - 1,
-                    turn=self.config.turn,
-                    margin=self.config.rerank_every / 2,
-                )
-            yield from self._decode(engine, ranking)
+            yield from self._decode(engine, self._ranking(engine))
             self.decode_seconds = time.perf_counter() - began
             self.kv_bytes = engine.cache.nbytes + engine.store.nbytes
             self.host_syncs, self.captures = engine.host_syncs, engine.captures
@@ -180,16 +175,18 @@ class Run:
             self.config.seed, self.step, [uids[u] for u in request.unique], request.sample_index
         )
         rows = torch.zeros_like(engine.state.rows[:, : self.rows], device="cpu")
-        prompts, start = [], 0
+        prompts: list[PromptState] = []
+        start = 0
+        wanted = self._asks and bool(getattr(self.sampler.length_predictor, "wants_states", False))
         stops = torch.tensor(self.eos, dtype=torch.int64)
         for number, (ids, mine) in enumerate(zip(request.prompts, request.rows_of, strict=True)):
             if mine:
-                logits, hidden = engine.prefill(ids, start)
+                logits, hidden, states = engine.prefill(ids, start, states=wanted)
                 token, logprob, entropy = (
                     x.cpu() for x in engine.first_tokens(logits, keys[mine].to(engine.device))
                 )
                 samples = [request.sample_index[row] for row in mine]
-                prompts.append(PromptState(ids, hidden, float(entropy[0]), samples))
+                prompts.append(PromptState(ids, hidden, float(entropy[0]), samples, states))
                 where = torch.tensor(mine)
                 limit = torch.tensor([request.limits[row] for row in mine])
                 good = token >= 0
@@ -210,6 +207,7 @@ class Run:
         engine.cache.allocate(engine.store)
         engine.state.rows.zero_()[:, : self.rows] = rows
         self.counts, self.reasons = rows[f.COUNT].tolist(), rows[f.REASON].tolist()
+        self.hidden = prompts[0].hidden
         self.predicted = self._predict(prompts)
         groups = np.array(request.unique)
         order = policies.order(
@@ -225,7 +223,7 @@ class Run:
         """Return expected tokens of each sample; of predictions that fail, all the same."""
         request, predictor = self.request, self.sampler.length_predictor
         expected = np.full(self.rows, float(self.config.max_new_tokens))
-        if predictor is None or self.config.policy in ("fifo", "turns"):
+        if predictor is None or not self._asks:
             return expected
         owners = [mine for mine in request.rows_of if mine]
         try:
@@ -235,10 +233,39 @@ class Run:
                     raise ValueError(f"{len(mine)} finite lengths expected, got {values}")
                 expected[mine] = np.clip(values, 1, self.config.max_new_tokens)
         except Exception as error:
-            # an order is all that predictions decide: the samples are right without
-            _LOG.warning("length_predictor failed, samples go as they come: %r", error)
+            self._fail(error)
             return np.full(self.rows, float(self.config.max_new_tokens))
         return expected
+
+    @property
+    def _asks(self) -> bool:
+        """Whether the policy wants predictions."""
+        return self.config.policy not in ("fifo", "turns")
+
+    def _fail(self, error: Exception) -> None:
+        """Do without the predictor: an order is all that it decides, the samples are right."""
+        if not self.failed:
+            _LOG.warning("length_predictor failed, samples go as they would without: %r", error)
+        self.failed = True
+
+    def _ranking(self, engine: Engine) -> parking.Ranking | None:
+        """Return what says who runs, for a policy or a predictor that takes samples out."""
+        predictor, policy = self.sampler.length_predictor, self.config.policy
+        progressive = isinstance(predictor, ProgressivePredictor) and not self.failed
+        probe = int(getattr(predictor, "probe_tokens", PROBE_TOKENS)) if progressive else 0
+        probing = policy == "lpt" and parking.worth_probing(
+            self.predicted[self.order] - 1, self.slots, probe
+        )
+        if policy not in policies.PARKING and not probing:
+            return None
+        progress = None
+        if policy != "turns" and isinstance(predictor, ProgressivePredictor) and not self.failed:
+            progress = _Progress(self, predictor, engine)
+        return parking.Ranking(
+            policy, self.predicted - 1, turn=self.config.turn, probe=probe, remaining=progress,
+            refresh=None if progress is None else progress.refresh,
+            margin=self.config.rerank_every / 2,
+        )  # fmt: skip
 
     def _decode(self, engine: Engine, ranking: parking.Ranking | None) -> Generator[list[int]]:
         engine.queue(self.order)
@@ -252,8 +279,10 @@ class Run:
             engine.fill()
         while done < self.rows:
             if ranking is not None:
-                self._move(engine, ranking, full=clock % self.config.rerank_every == 0)
+                self._move(engine, ranking, full=ranking.due(clock, self.config.rerank_every))
             engine.run(every)
+            if engine.watch_error is not None:
+                self._fail(engine.watch_error)
             clock += every
             totals, held, counts, reasons = engine.progress(self.rows)
             ended = [
@@ -371,5 +400,53 @@ class Run:
             self.sampler.learned(float(np.mean(self.counts)))
         predictor = self.sampler.length_predictor
         if predictor is not None:
-            for ids, mine in zip(self.request.prompts, self.request.rows_of, strict=True):
-                predictor.finished(ids, np.array([self.counts[row] for row in mine]))
+            try:
+                for ids, mine in zip(self.request.prompts, self.request.rows_of, strict=True):
+                    predictor.finished(ids, np.array([self.counts[row] for row in mine]))
+            except Exception as error:
+                self._fail(error)
+
+
+class _Progress:
+    """What a progressive predictor said last of each sample, less the steps since."""
+
+    def __init__(self, run: Run, predictor: ProgressivePredictor, engine: Engine) -> None:
+        self.run, self.predictor, self.engine = run, predictor, engine
+        self.said: np.ndarray | None = None
+        self.at = np.zeros(run.rows)
+        # prompts without samples were not shown to the predictor
+        shown = {unique: place for place, unique in enumerate(sorted(set(run.request.unique)))}
+        owners = [shown[unique] for unique in run.request.unique]
+        try:
+            engine.watch(
+                lambda hidden: predictor.begin(owners, hidden), predictor.update,
+                run.hidden, run.rows,
+            )  # fmt: skip
+        except Exception as error:
+            run._fail(error)
+
+    def refresh(self) -> None:
+        """Ask again."""
+        run = self.run
+        self.said = None
+        if run.failed:
+            return
+        try:
+            found = np.asarray(self.predictor.remaining(), dtype=np.float64)
+            goes_on = np.array(run.reasons) == f.RUNNING
+            if found.shape != (run.rows,) or not np.isfinite(found[goes_on]).all():
+                raise ValueError(f"{run.rows} finite numbers expected of remaining(), got {found}")
+        except Exception as error:
+            run._fail(error)
+            self.engine.unwatch(error)
+            return
+        self.at = np.array(run.counts) - 1
+        # the newest token was made, and not yet read
+        most = np.maximum(run.config.max_new_tokens - 1 - self.at, 1)
+        self.said = np.clip(found - 1, 1, most)
+
+    def __call__(self, row: int, done: int) -> float:
+        """Return the steps that a sample is believed to need yet."""
+        if self.said is None:
+            return parking.left(float(self.run.predicted[row]) - 1, done)
+        return parking.left(float(self.said[row]), done - int(self.at[row]))

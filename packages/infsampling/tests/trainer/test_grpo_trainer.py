@@ -235,16 +235,35 @@ def test_evaluation_samples_other_completions_and_learns_nothing(tmp_path, token
     seen = []
 
     def reward(prompts, completion_ids, bonus, **kwargs):
-        seen.append(completion_ids)
+        # prompts are in another order
+        seen.append({tuple(ids) for ids in completion_ids})
         return bonus
 
-    made = trainer(tmp_path, tokenizer, reward, eval_dataset=Dataset.from_list(PROMPTS))
+    made = trainer(tmp_path, tokenizer, reward, eval_dataset=Dataset.from_list(PROMPTS),
+                   learning_rate=0.0)  # fmt: skip
     before = [p.detach().clone() for p in made.model.parameters()]
     metrics = made.evaluate()
     assert metrics["eval_reward"] == pytest.approx(0.375)
     assert all(map(torch.equal, before, made.model.parameters()))
     made.train()
-    assert seen[0] != seen[1]
+    assert len(seen[0] & seen[1]) < len(seen[0]) / 2
+    # the second step has other samples than the first, though its weights have not changed
+    assert len(seen[1] & seen[2]) < len(seen[1]) / 2
+
+
+def test_completions_that_were_cut_teach_nothing_if_asked(tmp_path, tokenizer):
+    def change(**options):
+        made = trainer(tmp_path, tokenizer, max_completion_length=1, max_steps=1, optim="sgd",
+                       learning_rate=0.5, **options)  # fmt: skip
+        before = [p.detach().clone() for p in made.model.parameters()]
+        made.train()
+        # slots make room for activations
+        assert made.sampler._engine is None
+        return not all(map(torch.equal, before, made.model.parameters()))
+
+    first = lambda completion_ids, **kwargs: [ids[0] / 96 for ids in completion_ids]  # noqa: E731
+    assert change(reward=first)
+    assert not change(reward=first, mask_truncated_completions=True)
 
 
 def test_conversations_and_columns_reach_the_reward(tmp_path, tokenizer):
@@ -327,6 +346,15 @@ def test_trls_trainer_makes_the_same_steps(tmp_path, tokenizer, loss_type):
         distance += float((a - b).norm() ** 2)
     assert moved > 1e-6
     assert (distance / moved) ** 0.5 < 1e-3
+
+
+def test_samples_of_a_prompt_have_different_numbers_on_all_processes(
+    tmp_path, tokenizer, monkeypatch
+):
+    made = trainer(tmp_path, tokenizer)
+    assert made._numbers([[7], [8], [7]], 2) == [0, 1, 0, 1, 2, 3]
+    monkeypatch.setattr(type(made.accelerator), "process_index", 1)
+    assert made._numbers([[7], [8], [7]], 2) == [6, 7, 6, 7, 8, 9]
 
 
 def test_step_sampler():

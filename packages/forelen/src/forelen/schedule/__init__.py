@@ -3,6 +3,7 @@
 from forelen.schedule.batching import LengthAwareBatchSampler, padding_ratio, plan_batches
 from forelen.schedule.order import plan_order
 from forelen.schedule.priority import gittins_index, priority
+from forelen.schedule.sampling import SampledLengths
 from forelen.schedule.simulator import Outcome, Trace, simulate
 from forelen.schedule.transformers_cb import (
     LengthTable,
@@ -16,6 +17,7 @@ __all__ = [
     "LengthAwareBatchSampler",
     "LengthTable",
     "Outcome",
+    "SampledLengths",
     "Trace",
     "check_live",
     "generate_batch",

@@ -54,6 +54,7 @@ def simulate(
     sync_every: int = 16,
     rerank_every: int = 64,
     turn: int = 128,
+    probe: int = 0,
     remaining: Callable[[int, int], float] | None = None,
     epsilon: float = 0.1,
 ) -> SimResult:
@@ -70,8 +71,10 @@ def simulate(
         sync_every: Steps between two looks of the host, for policies that park.
         rerank_every: Steps between two rankings of all samples, a multiple of ``sync_every``.
         turn: Steps after which ``turns`` lets another sample go first.
-        remaining: Of a sample and the steps it has had, what is believed to remain; by default what
-            is left of its prediction.
+        probe: Steps that all samples have before ``lpt`` orders them by what remains, if
+            `parking.worth_probing`; 0 orders them by their predictions.
+        remaining: Of a sample and the steps it has had, what is believed to remain, for policies
+            that park and for ``lpt`` with a probe; by default what is left of its prediction.
         epsilon: As in `policies.order`.
 
     Raises:
@@ -96,9 +99,10 @@ def simulate(
     found = policies.order(believed, slots, policy, groups=groups, epsilon=epsilon)
     # a sample that ends with its first token never takes a slot
     found = [row for row in found if work[row]]
-    if policy in policies.PARKING:
+    probing = policy == "lpt" and parking.worth_probing(believed[found], slots, probe)
+    if policy in policies.PARKING or probing:
         plan = parking.Ranking(
-            policy, believed, turn=turn, remaining=remaining, margin=rerank_every / 2
+            policy, believed, turn=turn, probe=probe, remaining=remaining, margin=rerank_every / 2
         )
         ends, swaps = _park(work, slots, found, plan, sync_every, rerank_every)
         clock = int(ends.max(initial=0))
@@ -135,7 +139,7 @@ def _park(
     clock = swaps = 0
     while fresh or parked or any(row >= 0 for row in held):
         if clock % sync_every == 0:
-            full = clock % rerank_every == 0
+            full = plan.due(clock, rerank_every)
             out, into = plan.choose(held, parked, fresh, done, full=full)
             swaps += len(out)
             for slot in out:
