@@ -128,6 +128,17 @@ def test_an_answer_that_is_not_finite_harms_no_other(llama):
     assert lengths.law().fallback.tolist() == [False, False, True]
 
 
+def test_a_prompt_that_is_not_finite_gets_the_lengths_of_training(llama):
+    lengths = SampledLengths(predictor_for(llama), llama)
+    bad = asked(llama, PROMPTS[1], 2)
+    bad.states = bad.states * float("nan")
+    told = lengths.initial([asked(llama, PROMPTS[0], 1), bad])
+    assert np.isfinite(np.concatenate(told)).all()
+    lengths.begin([0, 1, 1], torch.zeros(2, 32))
+    lengths.update(torch.tensor([0, 1]), torch.randn(2, 32), torch.randn(2, 96))
+    assert lengths.law().fallback.tolist() == [False, True, True]
+
+
 def test_what_does_not_fit(llama):
     with pytest.raises(UnsupportedModelError, match=r"reads the last layer .* got layer 2"):
         SampledLengths(predictor_for(llama, layer=2), llama)

@@ -195,6 +195,7 @@ def test_states_of_prompts_only_for_who_wants_them(llama, chunk):
     assert [prompt.states for prompt in predictor.prompts] == [None, None]
     predictor.wants_states = True
     ask(llama, predictor, prefill_chunk=chunk)
+    assert not llama.base_model._forward_hooks
     for prompt, ids in zip(predictor.prompts, PROMPTS, strict=True):
         with torch.no_grad():
             whole = llama(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0]
@@ -235,6 +236,13 @@ def test_failures_change_no_token(llama, plain, policy, method, answer, caplog):
     assert caplog.text.count("length_predictor failed") == 1
     assert not model.get_output_embeddings()._forward_pre_hooks
     assert not model.base_model._forward_hooks
+
+
+def test_a_failure_is_told_once(llama, plain, caplog):
+    predictor = broken("initial", None)
+    predictor.finished = predictor.initial
+    assert same(ask(llama, predictor), plain)
+    assert caplog.text.count("length_predictor failed") == 1
 
 
 def test_lost_in_the_middle(llama, plain, caplog):

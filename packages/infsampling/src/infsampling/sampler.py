@@ -13,7 +13,8 @@ from infsampling.attention import NAME
 from infsampling.config import SamplingConfig
 from infsampling.engine import Engine, Sizes, compiled, fingerprint
 from infsampling.fusion import fused_projections
-from infsampling.run import Run, counts_of
+from infsampling.request import counts_of
+from infsampling.run import Run
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence

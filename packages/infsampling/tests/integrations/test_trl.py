@@ -7,24 +7,10 @@ from infsampling import InfiniteSampler, SamplingConfig
 from infsampling.integrations.trl import make_rollout_func
 from infsampling.trainer import LOSS_TYPES, grpo_loss, loss_items
 from shared_kernels.testing.models import tiny_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 trl = pytest.importorskip("trl")
 pytestmark = pytest.mark.peer
 WANTED = 42
-
-
-@pytest.fixture
-def tokenizer():
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | {f"w{i}": i for i in range(4, 96)}
-    made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", eos_token="</s>", bos_token="<s>",
-        unk_token="<unk>",
-        chat_template="{% for m in messages %}w9 {{ m['content'] }} {% endfor %}w10",
-    )  # fmt: skip
 
 
 def args(tmp_path, **changes):

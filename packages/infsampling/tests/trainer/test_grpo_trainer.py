@@ -17,23 +17,9 @@ from infsampling.trainer.batches import Samples, StepSampler, micro_batches
 from infsampling.trainer.logprobs import packed_logprobs
 from shared_kernels.models import attention_of, configs_of
 from shared_kernels.testing.models import tiny_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 WANTED = 42
 PROMPTS = [{"prompt": "w20 w21", "bonus": 0.5}, {"prompt": "w30", "bonus": 0.25}]
-
-
-@pytest.fixture
-def tokenizer():
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | {f"w{i}": i for i in range(4, 96)}
-    made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", eos_token="</s>", bos_token="<s>",
-        unk_token="<unk>",
-        chat_template="{% for m in messages %}w9 {{ m['content'] }} {% endfor %}w10",
-    )  # fmt: skip
 
 
 def share(completion_ids, **kwargs):
@@ -377,16 +363,17 @@ def test_step_sampler():
 
 RANK = """
 import json, sys, torch
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[2:]
 import test_grpo_trainer as t
+from words import make_tokenizer
 from datasets import Dataset
 from pathlib import Path
 
 def reward(completion_ids, **kwargs):
     return [float(sum(ids)) for ids in completion_ids]
 
-tokenizer = t.tokenizer.__wrapped__()
-made = t.trainer(Path(sys.argv[2]), tokenizer, reward, max_steps=1, optim="sgd", max_grad_norm=0.0,
+tokenizer = make_tokenizer()
+made = t.trainer(Path(sys.argv[1]), tokenizer, reward, max_steps=1, optim="sgd", max_grad_norm=0.0,
                  learning_rate=0.5, rows=[{"prompt": f"w{i}"} for i in range(20, 24)])
 start = {n: p.detach().clone() for n, p in made.model.named_parameters()}
 batches = []
@@ -398,7 +385,7 @@ def recorded(*args):
 made.get_batch_samples = recorded
 made.train()
 torch.save([start, batches, {n: p.detach() for n, p in made.model.named_parameters()}],
-           f"{sys.argv[2]}/{made.accelerator.process_index}.pt")
+           f"{sys.argv[1]}/{made.accelerator.process_index}.pt")
 """
 
 
@@ -407,7 +394,7 @@ def test_two_processes_with_different_lengths_make_one_step(tmp_path):
     script.write_text(RANK)
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29617",
-        str(script), str(Path(__file__).parent), str(tmp_path),
+        str(script), str(tmp_path), str(Path(__file__).parent), str(Path(__file__).parent.parent),
     ]  # fmt: skip
     env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300,
