@@ -68,8 +68,6 @@ class GRPOTrainer(Trainer):
         UnsupportedModelError: The model cannot be sampled.
     """
 
-    _signature_columns: list[str]
-
     def __init__(
         self,
         model: Any,
