@@ -26,13 +26,13 @@ SHAPE = {
     "tie_word_embeddings": True, "max_position_embeddings": 40960, "eos_token_id": 2,
     "pad_token_id": 0,
 }  # fmt: skip
-COUNT, PROMPT, LONGEST, MICRO = 64, 256, 256, 8
+COUNT, PROMPT, MICRO = 64, 256, 8
 
 
-def lengths():
+def lengths(longest):
     found = np.concatenate(list(json.loads(MEASURED.read_text())["groups"]))
     drawn = np.random.default_rng(0).choice(found, COUNT)
-    return np.maximum(1, np.ceil(drawn * LONGEST / 512)).astype(int).tolist()
+    return np.maximum(1, np.ceil(drawn * longest / 512)).astype(int).tolist()
 
 
 def make_model(device):
@@ -62,11 +62,11 @@ def reward(completion_ids, **kwargs):
     return [sum(ids) % 7 / 7.0 for ids in completion_ids]
 
 
-def settings(folder):
+def settings(folder, longest):
     return {
         "output_dir": folder, "per_device_train_batch_size": MICRO,
         "gradient_accumulation_steps": COUNT // MICRO, "num_generations": COUNT,
-        "max_completion_length": LONGEST, "max_steps": 1, "report_to": [], "save_strategy": "no",
+        "max_completion_length": longest, "max_steps": 1, "report_to": [], "save_strategy": "no",
         "disable_tqdm": True, "logging_steps": 1, "bf16": False, "gradient_checkpointing": True,
         "learning_rate": 1e-6,
     }  # fmt: skip
@@ -89,7 +89,7 @@ def stopwatch():
     return Stopwatch()
 
 
-def trl_trainer(device, folder, forced):
+def trl_trainer(device, folder, forced, longest):
     import trl
     from datasets import Dataset
     from transformers import LogitsProcessor, LogitsProcessorList
@@ -109,19 +109,20 @@ def trl_trainer(device, folder, forced):
         *args, logits_processor=LogitsProcessorList([EndsThere()]), **kwargs
     )
     made = trl.GRPOTrainer(
-        model=model, reward_funcs=reward, args=trl.GRPOConfig(**settings(folder)),
+        model=model, reward_funcs=reward, args=trl.GRPOConfig(**settings(folder, longest)),
         train_dataset=Dataset.from_list([{"prompt": " ".join(f"w{i}" for i in range(10, 266))}]),
         processing_class=make_tokenizer(), callbacks=[watch],
     )  # fmt: skip
     return made, watch
 
 
-def our_trainer(device, folder, forced):
+def our_trainer(device, folder, forced, longest, slots):
     from infsampling import GRPOConfig, GRPOTrainer
 
     watch = stopwatch()
     made = GRPOTrainer(
-        model=make_model(device), reward_funcs=reward, args=GRPOConfig(**settings(folder)),
+        model=make_model(device), reward_funcs=reward,
+        args=GRPOConfig(**settings(folder, longest), max_slots=slots),
         train_dataset=[{"prompt": " ".join(f"w{i}" for i in range(10, 266))}],
         processing_class=make_tokenizer(), callbacks=[watch],
     )  # fmt: skip
@@ -130,26 +131,30 @@ def our_trainer(device, folder, forced):
     return made, watch
 
 
-@benchmark
-def step(device):
-    """Sample, reward, learn: one optimizer step."""
-    if device == "cpu":
-        return
-    forced = lengths()
+def workload(name, device, longest, slots=None):
+    """One optimizer step of both, with completions of at most ``longest`` tokens."""
+    forced = lengths(longest)
     with tempfile.TemporaryDirectory() as folder:
-        makers = {"TRL": trl_trainer, "infsampling": our_trainer}
+        makers = {
+            "TRL": lambda: trl_trainer(device, folder, forced, longest),
+            "infsampling": lambda: our_trainer(device, folder, forced, longest, slots),
+        }
         peaks, trainers = {}, {}
-        for name, make in makers.items():
+        for arm, make in makers.items():
             gc.collect()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-            trainers[name] = make(device, folder, forced)
-            trainers[name][0].train()
-            peaks[name] = torch.cuda.max_memory_allocated() - before
+            trainers[arm] = make()
+            made = trainers[arm][0]
+            # the second step has the optimizer's state from its beginning
+            made.args.max_steps = 2
+            made.train()
+            peaks[arm] = torch.cuda.max_memory_allocated() - before
+            made.args.max_steps = 1
 
-        def run(name):
-            made, watch = trainers[name]
+        def run(arm):
+            made, watch = trainers[arm]
             made.train()
             return watch.seconds
 
@@ -160,9 +165,26 @@ def step(device):
                 assert abs(mean - sum(forced) / COUNT) < 1e-3, logged
 
         yield Workload(
-            name="grpo/64", device=device, check=check, baseline="TRL", clock="returned",
-            params={"samples": COUNT, "prompt": PROMPT, "longest": max(forced),
+            name=name, device=device, check=check, baseline="TRL", clock="returned",
+            params={"samples": COUNT, "prompt": PROMPT, "longest": max(forced), "slots": slots,
                     "tokens": sum(forced), "micro_batch": MICRO, "shape": "Qwen3-0.6B",
                     "peak_bytes": peaks},
-            arms=[Arm(name=name, fn=lambda name=name: run(name)) for name in trainers],
+            arms=[Arm(name=arm, fn=lambda arm=arm: run(arm)) for arm in trainers],
         )  # fmt: skip
+
+
+@benchmark
+def step(device):
+    """Sample, reward, learn: at most 256 tokens, and slots of the trainer's choice."""
+    if device != "cpu":
+        yield from workload("grpo/256", device, 256)
+
+
+@benchmark
+def long(device):
+    """The same for at most 1024 tokens, in the slots that cost no steps."""
+    if device != "cpu":
+        from infsampling.scheduling import free_slots
+
+        slots = -(-free_slots([n - 1 for n in lengths(1024)]) // 8) * 8
+        yield from workload("grpo/1024", device, 1024, slots)

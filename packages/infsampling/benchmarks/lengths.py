@@ -23,9 +23,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import multiprocessing
 import sys
 import tempfile
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -188,38 +190,49 @@ def summary(values):
     }
 
 
+def judge_fold(store, number):
+    """Train on four folds and judge the fifth: numbers by contender, and the levels chosen."""
+    warnings.simplefilter("ignore")
+    found = FeatureStore(store).load()
+    fold = (((found.hashes >> 20) % 10_000) * FOLDS // 10_000).numpy()
+    held = (((found.hashes >> 40) % 10) < 3).numpy()
+    learn, choose, test = (
+        found.select(torch.from_numpy(rows.nonzero()[0]))
+        for rows in ((fold != number) & ~held, (fold != number) & held, fold == number)
+    )
+    predictors = {"prompt": fitted(learn, choose)}
+    if len(found.step_time):
+        predictors["PLP"] = fitted(learn, choose, plp=True)
+    before = judged(choose, predictors, 1, number)
+    best = {}
+    for (name, level), values in before.items():
+        mean = float(values[:, 0].mean())
+        if name not in best or mean < best[name][0]:
+            best[name] = (mean, level)
+    parts = {}
+    for (name, level), values in judged(test, predictors, DEALS, number).items():
+        parts[name, level] = values
+        if level == best[name][1]:
+            parts[name, "chosen"] = values
+            print(number, name, level, f"{values[:, 0].mean():.3f}", file=sys.stderr, flush=True)
+    return parts, {name: level for name, (_, level) in best.items()}
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("store", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--processes", type=int, default=1, help="folds at a time")
     arguments = parser.parse_args()
-    warnings.simplefilter("ignore")
-    found = FeatureStore(arguments.store).load()
-    fold = (((found.hashes >> 20) % 10_000) * FOLDS // 10_000).numpy()
-    held = (((found.hashes >> 40) % 10) < 3).numpy()
     parts, picks = {}, []
-    for number in range(FOLDS):
-        learn, choose, test = (
-            found.select(torch.from_numpy(rows.nonzero()[0]))
-            for rows in ((fold != number) & ~held, (fold != number) & held, fold == number)
-        )
-        predictors = {"prompt": fitted(learn, choose)}
-        if len(found.step_time):
-            predictors["PLP"] = fitted(learn, choose, plp=True)
-        before = judged(choose, predictors, 1, number)
-        best = {}
-        for (name, level), values in before.items():
-            mean = float(values[:, 0].mean())
-            if name not in best or mean < best[name][0]:
-                best[name] = (mean, level)
-        picks.append({name: level for name, (_, level) in best.items()})
-        for (name, level), values in judged(test, predictors, DEALS, number).items():
-            parts.setdefault((name, level), []).append(values)
-            if level == best[name][1]:
-                parts.setdefault((name, "chosen"), []).append(values)
-        for name in best:
-            chosen = parts[name, "chosen"][-1][:, 0].mean()
-            print(number, name, best[name][1], f"{chosen:.3f}", file=sys.stderr, flush=True)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(arguments.processes, context) as pool:
+        folds = pool.map(judge_fold, [arguments.store] * FOLDS, range(FOLDS))
+        for values_of, levels in folds:
+            picks.append(levels)
+            for key, values in values_of.items():
+                parts.setdefault(key, []).append(values)
+    found = FeatureStore(arguments.store).load()
     rows = [
         {"arm": name, "level": level, **summary(np.concatenate(values))}
         for (name, level), values in parts.items()
@@ -241,7 +254,7 @@ def main():
         if row["level"] == "chosen":
             low, high = row["interval"]
             print(f"{row['arm']:22} {row['over_bound']:.3f} ({low:.3f} to {high:.3f})"
-                  f" {row['swaps_per_answer']:.1f} swaps")  # fmt: skip
+                  f" {row['over_unswapped']:.3f} {row['swaps_per_answer']:.1f} swaps")  # fmt: skip
 
 
 if __name__ == "__main__":

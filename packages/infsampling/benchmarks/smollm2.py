@@ -44,10 +44,11 @@ def cpu(device):
     class EndsThere(LogitsProcessor):
         def __call__(self, lines, scores):
             ends = torch.tensor(forced) <= lines.shape[1] - len(ids) + 1
-            scores = scores.clone()
-            scores[:, 2] = torch.where(ends, float("inf"), float("-inf"))
-            scores[ends] = scores[ends].clamp(max=0.0)
-            return scores
+            only = torch.full_like(scores, float("-inf"))
+            only[:, 2] = 0.0
+            # never the padding, by which lengths are counted
+            never = scores.index_fill(1, torch.tensor([0, 2]), float("-inf"))
+            return torch.where(ends[:, None], only, never)
 
     def generate():
         lines = torch.tensor([ids] * GROUP)
