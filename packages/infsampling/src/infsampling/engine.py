@@ -80,11 +80,11 @@ class Engine:
         config: Of the sampler.
         sizes: What the first call needs.
         stops: Most tokens that can end a sample.
-        forward: The model, or what `compiled` makes of it: calls the decoding step.
+        forward: Calls the model in a decoding step.
     """
 
     def __init__(
-        self, model: Any, config: SamplingConfig, sizes: Sizes, stops: int, forward: Any
+        self, model: Any, config: SamplingConfig, sizes: Sizes, stops: int, forward: Forward
     ) -> None:
         self.model, self.config, self.sizes = model, config, sizes.room()
         self.device = next(model.parameters()).device
@@ -116,10 +116,6 @@ class Engine:
         # of steps that are watched, and that are not
         self._graphs: dict[bool, Any] = {}
         self._watcher: Callable[[Tensor, Tensor, Tensor], None] | None = None
-        self._watching = False
-        self._watched_forward: Any = None
-        # one object, so that what was compiled with it is found again
-        self._keep = self._keep_hidden
         self._hidden = self._scratch = self._none
         self.watch_error: Exception | None = None
 
@@ -133,13 +129,20 @@ class Engine:
         self.eos[: len(eos)] = torch.tensor(list(eos), dtype=torch.int64, device=self.device)
         self.host_syncs = self.captures = 0
         self._watcher = self.watch_error = None
-        self._watching = False
+
+    @property
+    def _watching(self) -> bool:
+        return self._watcher is not None
 
     # --- who watches ---------------------------------------------------------------------------
 
+    def expect(self, like: Tensor) -> None:
+        """Make room for the final states of steps, which are like this one ``(d,)``."""
+        self._hidden = self._forward.buffer(self.lanes, like)
+
     def watch(
         self, begin: Callable[[Tensor], None], update: Callable[[Tensor, Tensor, Tensor], None],
-        like: Tensor, rows: int,
+        rows: int,
     ) -> None:  # fmt: skip
         """Tell of every step until the next call: `ProgressivePredictor.update` says what.
 
@@ -149,41 +152,17 @@ class Engine:
         Args:
             begin: Called with states ``(lanes, d)`` like those to come.
             update: Called in every step.
-            like: A final hidden state ``(d,)``.
             rows: The number for lanes without a sample.
         """
-        shape = (self.lanes, *like.shape)
-        if self._hidden.shape != shape or self._hidden.dtype != like.dtype:
-            self._hidden = like.new_zeros(shape)
         self._scratch = torch.full_like(self._none, rows)
         # it was recorded with what another call's update remembered
         self._graphs.pop(True, None)
         begin(self._hidden)
-        if self._forward is not self.model and self._watched_forward is None:
-            # compiled code does not look whether hooks have come or gone
-            self._watched_forward = compiled(self.model)
-        self._watcher, self._watching = update, True
+        self._watcher = update
 
     def unwatch(self, error: Exception) -> None:
         """Stop telling."""
-        self._watcher, self._watching, self.watch_error = None, False, error
-
-    @contextmanager
-    def _hooked(self) -> Generator[None]:
-        """Within this, a watched step leaves the states that the head reads in their buffer."""
-        if self._watcher is None:
-            yield
-            return
-        hook = self.model.get_output_embeddings().register_forward_pre_hook(self._keep)
-        try:
-            yield
-        finally:
-            hook.remove()
-
-    def _keep_hidden(self, module: Any, args: tuple[Tensor, ...]) -> None:
-        # a step that is recorded without a watcher must not keep the buffer's address
-        if self._watching:
-            self._hidden.copy_(args[0][:, -1])
+        self._watcher, self.watch_error = None, error
 
     def _tell(self, logits: Tensor) -> None:
         if self._watcher is None:
@@ -273,7 +252,7 @@ class Engine:
 
     def run(self, steps: int) -> None:
         """Take steps, by the CUDA graph if there is one."""
-        with self._hooked():
+        with self._forward.kept():
             while steps and self._wants_graph and self._watching not in self._graphs:
                 # a step that is recorded does nothing, so that those before it are taken for real
                 self._warm_up()
@@ -317,10 +296,7 @@ class Engine:
         idle = self.cache.tokens - 1
         self._place.copy_(torch.where(length > 0, self._first + length, idle))
         self.cache.write_to(self._place)
-        forward = self._forward
-        if self._watching and self._watched_forward is not None:
-            forward = self._watched_forward
-        logits = forward(
+        logits = self._forward(
             input_ids=slots[f.TOKEN][:, None], position_ids=slots[f.POSITION][:, None],
             past_key_values=self.cache, use_cache=True, infsampling=self._call,
         ).logits[:, -1]  # fmt: skip
@@ -364,9 +340,52 @@ class Engine:
         self.state.slots[f.ROW, slot] = row
 
 
-def compiled(model: Any) -> Any:
-    """Return the model's forward, compiled: anew for each sampler, once for all of its engines."""
+class Forward:
+    """Calls a model in decoding steps, and keeps the states that its head reads.
 
+    They are kept whether anybody wants them or not: a compiled model rounds otherwise where they
+    are, and who watches must not change a bit.
+
+    Args:
+        model: A causal language model.
+        compile: Compile it: anew for each object, once for all batches of a size.
+    """
+
+    def __init__(self, model: Any, *, compile: bool) -> None:
+        self.model, self.compiles = model, compile
+        self._buffers: dict[tuple[Any, ...], Tensor] = {}
+        self._hidden: Tensor | None = None
+        # one object, so that what was compiled with it is found again
+        self._hook = self._keep
+        self._call = _compiled(model) if compile else model
+
+    def __call__(self, **inputs: Any) -> Any:
+        """Return the model's output."""
+        return self._call(**inputs)
+
+    def buffer(self, lanes: int, like: Tensor) -> Tensor:
+        """Return where states ``(lanes, d)`` of steps will be, the same for the same sizes."""
+        key = (lanes, *like.shape, like.dtype, like.device)
+        if key not in self._buffers:
+            self._buffers[key] = like.new_zeros(lanes, *like.shape)
+        self._hidden = self._buffers[key]
+        return self._hidden
+
+    @contextmanager
+    def kept(self) -> Generator[None]:
+        """Within this, a step leaves the states in the buffer that was asked for last."""
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(self._hook)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def _keep(self, module: Any, args: tuple[Tensor, ...]) -> None:
+        assert self._hidden is not None
+        self._hidden.copy_(args[0][:, -1])
+
+
+def _compiled(model: Any) -> Any:
     def forward(**inputs: Any) -> Any:
         return model(**inputs)
 

@@ -143,7 +143,7 @@ class Run:
         engine.cache.allocate(engine.store)
         engine.state.rows.zero_()[:, : self.rows] = rows
         self.counts, self.reasons = rows[f.COUNT].tolist(), rows[f.REASON].tolist()
-        self.hidden = prompts[0].hidden
+        engine.expect(prompts[0].hidden)
         self.predicted = self._predict(prompts)
         groups = np.array(request.unique)
         order = policies.order(
@@ -355,8 +355,7 @@ class _Progress:
         owners = [shown[unique] for unique in run.request.unique]
         try:
             engine.watch(
-                lambda hidden: predictor.begin(owners, hidden), predictor.update,
-                run.hidden, run.rows,
+                lambda hidden: predictor.begin(owners, hidden), predictor.update, run.rows
             )  # fmt: skip
         except Exception as error:
             run._fail(error)

@@ -11,7 +11,7 @@ from shared_kernels.models import attention_of, configs_of
 from infsampling import memory, support
 from infsampling.attention import NAME
 from infsampling.config import SamplingConfig
-from infsampling.engine import Engine, Sizes, compiled, fingerprint
+from infsampling.engine import Engine, Forward, Sizes, fingerprint
 from infsampling.fusion import fused_projections
 from infsampling.request import counts_of
 from infsampling.run import Run
@@ -58,7 +58,7 @@ class InfiniteSampler:
         self.length_predictor = length_predictor
         self.processing_class = processing_class
         self._engine: Engine | None = None
-        self._compiled: Any = None
+        self._forward: Forward | None = None
         self.mean_length: float | None = None
         self._running = False
 
@@ -133,7 +133,7 @@ class InfiniteSampler:
         Keys and values of prompts never outlive a call, and changed weights are read where they
         are; call this after the model had modules exchanged.
         """
-        self._engine = self._compiled = None
+        self._engine = self._forward = None
 
     def close(self) -> None:
         """Free keys, values and buffers."""
@@ -167,13 +167,13 @@ class InfiniteSampler:
         engine.begin(eos)
         return engine
 
-    def _step_forward(self) -> Any:
-        wanted = self.config.compile
-        if not (next(self.model.parameters()).is_cuda if wanted is None else wanted):
-            return self.model
-        if self._compiled is None:
-            self._compiled = compiled(self.model)
-        return self._compiled
+    def _step_forward(self) -> Forward:
+        if self._forward is None:
+            wanted = self.config.compile
+            if wanted is None:
+                wanted = next(self.model.parameters()).is_cuda
+            self._forward = Forward(self.model, compile=wanted)
+        return self._forward
 
     @contextmanager
     def prepared(self) -> Generator[None]:
