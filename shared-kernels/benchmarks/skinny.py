@@ -57,7 +57,7 @@ def hopper(device):
                 name=f"{name}/{rows}", device=device, check=check, baseline="one by one",
                 params={"rows": rows, "inner": INNER, "outputs": list(sizes), "layers": LAYERS},
                 arms=[
-                    Arm(name=arm, fn=recorded(run), bytes=2 * count, flops=2 * rows * count)
+                    Arm(name=arm, fn=recorded(run), bytes=2 * count)
                     for arm, run in arms.items()
                 ],
             )  # fmt: skip

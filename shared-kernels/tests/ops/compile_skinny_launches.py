@@ -14,6 +14,8 @@ if __name__ == "__main__":
                 (32, (64, 64)),
                 (64, (2048, 1024, 1024)),
                 (5, (9,) * 4),
+                (32, (4096, 4096)),
+                (64, (4096, 4096)),
             ):
                 x = torch.empty(rows, 256, dtype=dtype)
                 weights = [torch.empty(n, 256, dtype=dtype) for n in sizes]

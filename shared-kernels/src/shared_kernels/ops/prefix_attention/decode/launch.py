@@ -11,7 +11,8 @@ from shared_kernels._library import interpreting
 from shared_kernels.errors import KernelUnavailableError
 from shared_kernels.ops.prefix_attention import launch as packed
 
-#: Keys that a program walks: fixed, so that a slot's sums do not depend on how long others are.
+#: Keys that a program walks: fixed, so that a slot's sums do not depend on how long others are. A
+#: prefix of one split is cut into four, which are walked while own keys are.
 OWN_SPLIT: Final = 256
 PREFIX_SPLIT: Final = 512
 #: (slot, head of a group) pairs of a tile over a prefix.
@@ -62,7 +63,7 @@ def decode_attention(
     lse = q.new_empty(slots, heads, dtype=torch.float32)
     if not out.numel():
         return out, lse.fill_(float("-inf"))
-    prefix_splits = -(-longest // PREFIX_SPLIT) if shared_k.shape[0] else 0
+    prefix_splits = max(4, -(-longest // PREFIX_SPLIT)) if shared_k.shape[0] else 0
     own_splits = -(-capacity // OWN_SPLIT)
     splits = prefix_splits + own_splits
     parts = q.new_empty(slots, heads, splits, value_dim, dtype=torch.float32)
@@ -79,22 +80,16 @@ def decode_attention(
         "WINDOW": window is not None, "SOFTCAP": softcap is not None, "WIDEN": interpreting(),
     }  # fmt: skip
     pipeline = {"num_warps": 4, "num_stages": 3 if q.element_size() == 2 else 1}
-    own: Any = kernels.own_decode_kernel
-    prefix: Any = kernels.prefix_decode_kernel
+    attend: Any = kernels.decode_parts_kernel
     merge: Any = kernels.decode_merge_kernel
     with torch.cuda.device_of(q):
-        own[(own_splits, key_heads, slots)](
-            q, k, v, parts, sums, lengths, capacity, splits, prefix_splits, *q.stride()[:2],
-            *k.stride()[:2], *v.stride()[:2], *numbers, SPLIT=OWN_SPLIT,
-            BM=packed._power_of_two(group), **constants, **pipeline,
+        attend[(slots * key_heads * splits,)](
+            q, k, v, shared_k, shared_v, parts, sums, lengths, starts, prefix_lengths, order,
+            tiles, slots, capacity, splits, prefix_splits, own_splits, key_heads, *q.stride()[:2],
+            *k.stride()[:2], *v.stride()[:2], *shared_k.stride()[:2], *shared_v.stride()[:2],
+            *numbers, OWN=OWN_SPLIT, SHARED=PREFIX_SPLIT, BM_OWN=packed._power_of_two(group),
+            BM_SHARED=packed._power_of_two(max(PAIRS, group)), **constants, **pipeline,
         )  # fmt: skip
-        if prefix_splits:
-            prefix[(slots, key_heads, prefix_splits)](
-                q, shared_k, shared_v, parts, sums, lengths, starts, prefix_lengths, order, tiles,
-                slots, splits, *q.stride()[:2], *shared_k.stride()[:2], *shared_v.stride()[:2],
-                *numbers, SPLIT=PREFIX_SPLIT, BM=packed._power_of_two(max(PAIRS, group)),
-                **constants, **pipeline,
-            )  # fmt: skip
         merge[(slots, heads)](
             parts, sums, lengths, prefix_lengths, sinks, out, lse, splits, prefix_splits,
             OWN=OWN_SPLIT, SHARED=PREFIX_SPLIT, DV=value_dim, BDV=packed._power_of_two(value_dim),

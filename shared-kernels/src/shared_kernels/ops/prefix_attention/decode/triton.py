@@ -80,75 +80,24 @@ def _walk(
     return acc, total, peak
 
 
-@triton.jit(do_not_specialize=["capacity", "splits", "offset", "scale", "softcap", "window"])
-def own_decode_kernel(
+@triton.jit
+def _shared_size(length, SHARED: tl.constexpr):
+    """Return the keys of a split of a prefix: a short one is cut finer, by its own length alone."""
+    return tl.where(length <= SHARED, SHARED // 4, SHARED)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "slots", "capacity", "splits", "offset", "own_splits", "key_heads", "scale", "softcap",
+        "window",
+    ]
+)  # fmt: skip
+def decode_parts_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
-    parts_ptr,
-    sums_ptr,
-    lengths_ptr,
-    capacity,
-    splits,
-    offset,
-    q_row,
-    q_head,
-    k_row,
-    k_head,
-    v_row,
-    v_head,
-    scale,
-    softcap,
-    window,
-    SPLIT: tl.constexpr,
-    GROUP: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BD: tl.constexpr,
-    BDV: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    WIDEN: tl.constexpr,
-):
-    """Attend from one slot to one split of its own keys; scales are for base-2 exponentials."""
-    split = tl.program_id(0)
-    head = tl.program_id(1)
-    slot = tl.program_id(2).to(tl.int64)
-    length = tl.load(lengths_ptr + slot).to(tl.int32)
-    begin = split * SPLIT
-    if begin < length:
-        end = tl.minimum(length, begin + SPLIT)
-        lane = tl.arange(0, BM)
-        live = lane < GROUP
-        dims = tl.arange(0, BD)
-        query_head = head * GROUP + lane
-        q = tl.load(
-            q_ptr + slot * q_row + query_head[:, None] * q_head + dims[None, :],
-            mask=live[:, None] & (dims < D)[None, :],
-            other=0.0,
-        )
-        if WIDEN:
-            q = q.to(tl.float32)
-        visible = lane * 0 + length
-        acc, total, peak = _walk(
-            q, k_ptr + head * k_head, v_ptr + head * v_head, slot * capacity, begin, end,
-            visible, visible - 1, k_row, v_row, scale, softcap, window,
-            D, DV, BD, BDV, BM, BN, WINDOW, SOFTCAP, WIDEN,
-        )  # fmt: skip
-        heads = tl.num_programs(1) * GROUP
-        place = (slot * heads + query_head) * splits + offset + split
-        _store_part(
-            acc, total, peak, parts_ptr, sums_ptr, place, live, tl.arange(0, BDV), DV
-        )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["slots", "splits", "scale", "softcap", "window"])
-def prefix_decode_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
+    shared_k_ptr,
+    shared_v_ptr,
     parts_ptr,
     sums_ptr,
     lengths_ptr,
@@ -157,60 +106,107 @@ def prefix_decode_kernel(
     order_ptr,
     tiles_ptr,
     slots,
+    capacity,
     splits,
+    offset,
+    own_splits,
+    key_heads,
     q_row,
     q_head,
     k_row,
     k_head,
     v_row,
     v_head,
+    shared_k_row,
+    shared_k_head,
+    shared_v_row,
+    shared_v_head,
     scale,
     softcap,
     window,
-    SPLIT: tl.constexpr,
+    OWN: tl.constexpr,
+    SHARED: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
     BD: tl.constexpr,
     BDV: tl.constexpr,
-    BM: tl.constexpr,
+    BM_OWN: tl.constexpr,
+    BM_SHARED: tl.constexpr,
     BN: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """Attend from a tile of slots to one split of the prefix that they share."""
-    tile = tl.program_id(0)
-    head = tl.program_id(1)
-    split = tl.program_id(2)
-    count = tl.load(tiles_ptr + slots + 1 + tile).to(tl.int32)
-    if count > 0:
-        member = tl.load(tiles_ptr + tile)
-        leader = tl.load(order_ptr + member)
-        length = tl.load(prefix_lengths_ptr + leader).to(tl.int32)
-        begin = split * SPLIT
+    """Attend from a tile of slots to a split of their prefix, or from a slot to one of its own.
+
+    Both in one launch: the few programs of a prefix take long, and begin first. ``offset`` splits
+    of a prefix come before the own ones. Scales are for base-2 exponentials.
+    """
+    program = tl.program_id(0)
+    dims = tl.arange(0, BD)
+    heads = key_heads * GROUP
+    if program < slots * key_heads * offset:
+        head = program % key_heads
+        split = program // key_heads % offset
+        tile = program // key_heads // offset
+        count = tl.load(tiles_ptr + slots + 1 + tile).to(tl.int32)
+        if count > 0:
+            member = tl.load(tiles_ptr + tile)
+            leader = tl.load(order_ptr + member)
+            length = tl.load(prefix_lengths_ptr + leader).to(tl.int32)
+            size = _shared_size(length, SHARED)
+            begin = split * size
+            if begin < length:
+                end = tl.minimum(length, begin + size)
+                lane = tl.arange(0, BM_SHARED)
+                live = lane < count * GROUP
+                slot = tl.load(order_ptr + member + lane // GROUP, mask=live, other=0)
+                query_head = head * GROUP + lane % GROUP
+                q = tl.load(
+                    q_ptr + slot[:, None] * q_row + query_head[:, None] * q_head + dims[None, :],
+                    mask=live[:, None] & (dims < D)[None, :],
+                    other=0.0,
+                )
+                if WIDEN:
+                    q = q.to(tl.float32)
+                own = tl.load(lengths_ptr + slot, mask=live, other=0).to(tl.int32)
+                acc, total, peak = _walk(
+                    q, shared_k_ptr + head * shared_k_head, shared_v_ptr + head * shared_v_head,
+                    tl.load(starts_ptr + leader), begin, end, lane * 0 + length, length + own - 1,
+                    shared_k_row, shared_v_row, scale, softcap, window,
+                    D, DV, BD, BDV, BM_SHARED, BN, WINDOW, SOFTCAP, WIDEN,
+                )  # fmt: skip
+                place = (slot * heads + query_head) * splits + split
+                _store_part(
+                    acc, total, peak, parts_ptr, sums_ptr, place, live, tl.arange(0, BDV), DV
+                )  # fmt: skip
+    else:
+        program -= slots * key_heads * offset
+        split = program % own_splits
+        head = program // own_splits % key_heads
+        slot = (program // own_splits // key_heads).to(tl.int64)
+        length = tl.load(lengths_ptr + slot).to(tl.int32)
+        begin = split * OWN
         if begin < length:
-            end = tl.minimum(length, begin + SPLIT)
-            lane = tl.arange(0, BM)
-            live = lane < count * GROUP
-            dims = tl.arange(0, BD)
-            slot = tl.load(order_ptr + member + lane // GROUP, mask=live, other=0)
-            query_head = head * GROUP + lane % GROUP
+            end = tl.minimum(length, begin + OWN)
+            lane = tl.arange(0, BM_OWN)
+            live = lane < GROUP
+            query_head = head * GROUP + lane
             q = tl.load(
-                q_ptr + slot[:, None] * q_row + query_head[:, None] * q_head + dims[None, :],
+                q_ptr + slot * q_row + query_head[:, None] * q_head + dims[None, :],
                 mask=live[:, None] & (dims < D)[None, :],
                 other=0.0,
             )
             if WIDEN:
                 q = q.to(tl.float32)
-            own = tl.load(lengths_ptr + slot, mask=live, other=0).to(tl.int32)
+            visible = lane * 0 + length
             acc, total, peak = _walk(
-                q, k_ptr + head * k_head, v_ptr + head * v_head, tl.load(starts_ptr + leader),
-                begin, end, lane * 0 + length, length + own - 1, k_row, v_row, scale, softcap,
-                window, D, DV, BD, BDV, BM, BN, WINDOW, SOFTCAP, WIDEN,
+                q, k_ptr + head * k_head, v_ptr + head * v_head, slot * capacity, begin, end,
+                visible, visible - 1, k_row, v_row, scale, softcap, window,
+                D, DV, BD, BDV, BM_OWN, BN, WINDOW, SOFTCAP, WIDEN,
             )  # fmt: skip
-            heads = tl.num_programs(1) * GROUP
-            place = (slot * heads + query_head) * splits + split
+            place = (slot * heads + query_head) * splits + offset + split
             _store_part(
                 acc, total, peak, parts_ptr, sums_ptr, place, live, tl.arange(0, BDV), DV
             )  # fmt: skip
@@ -239,7 +235,8 @@ def decode_merge_kernel(
     columns = tl.arange(0, BDV)
     length = tl.load(lengths_ptr + slot)
     own = tl.cdiv(length, OWN)
-    shared = tl.where(length > 0, tl.cdiv(tl.load(prefix_lengths_ptr + slot), SHARED), 0)
+    prefix = tl.load(prefix_lengths_ptr + slot)
+    shared = tl.where(length > 0, tl.cdiv(prefix, _shared_size(prefix, SHARED)), 0)
     acc = tl.zeros((BDV,), tl.float32)
     total = tl.zeros((), tl.float32)
     peak = tl.full((), float("-inf"), tl.float32)
