@@ -1,6 +1,7 @@
 """The sampler's draws through transformers' own `generate`: sequential sampling with our noise."""
 
 import torch
+from infsampling import InfiniteSampler, SamplingConfig
 from infsampling.keys import prompt_uid, sample_keys
 from shared_kernels.ops.sampling import gumbel_noise, logit_threshold
 
@@ -29,6 +30,31 @@ def generate(model, ids, samples, config, eos, *, step=0, **options):
         max_new_tokens=config.max_new_tokens, eos_token_id=list(eos), pad_token_id=0, **options,
     )[:, len(ids) :].tolist()  # fmt: skip
     return [until(line, eos) for line in found]
+
+
+def share_that_parts(model, ids, count, tokens, slots):
+    """Return how many samples differ between numbers of slots: only where two tokens nearly tie."""
+    parted = 0
+    base = SamplingConfig(max_slots=slots[0], max_new_tokens=tokens, eos_token_id=())
+    first = InfiniteSampler(model, base).generate([ids], count)
+    for places in slots[1:]:
+        other = InfiniteSampler(model, base.replace(max_slots=places)).generate([ids], count)
+        for sample, (a, b) in enumerate(
+            zip(first.completion_ids, other.completion_ids, strict=True)
+        ):
+            at = next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), None)
+            if at is None:
+                continue
+            parted += 1
+            keys = sample_keys(base.seed, 0, [prompt_uid(ids)], [sample]).to(model.device)
+            line = torch.tensor([ids + a[:at]], device=model.device)
+            with torch.no_grad():
+                scores = model(line).logits[:, -1].float()
+            noisy = KeyedNoise(keys, len(ids))(line, scores)[0]
+            best = noisy.topk(2)
+            assert {a[at], b[at]} == set(best.indices.tolist())
+            assert float(best.values[0] - best.values[1]) < 0.05
+    return parted / count / (len(slots) - 1)
 
 
 def until(line, eos):

@@ -84,6 +84,16 @@ def test_tokens_do_not_depend_on_the_schedule(cuda, dtype, compiled):
     assert alone.logprobs == plain.logprobs[:24]
 
 
+def test_other_slots_change_tokens_of_near_ties_only(cuda, record_property):
+    model = tiny_model(
+        "llama", hidden_size=256, intermediate_size=512, num_attention_heads=4, head_dim=64,
+        max_position_embeddings=512, dtype=torch.bfloat16,
+    ).eval().to(cuda)  # fmt: skip
+    parted = keyed.share_that_parts(model, PROMPT, 64, 200, (8, 16, 32))
+    record_property("share_that_parts", parted)
+    assert parted < 0.5
+
+
 def test_weights_that_changed_are_used(llama):
     sampler = InfiniteSampler(llama, config(compile=True))
     before = sampler.generate([PROMPT], 12)

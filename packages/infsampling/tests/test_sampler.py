@@ -20,6 +20,7 @@ from infsampling import (
 from infsampling.scheduling import POLICIES
 from scipy import stats
 from shared_kernels.testing.models import tiny_model
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
 import keyed
@@ -73,12 +74,25 @@ def test_filters_are_those_of_generation(llama, filters):
 
 def test_greedy_is_generate_and_generate_batch(llama):
     model = copy.deepcopy(llama)
+    with torch.no_grad():
+        # as it is, it repeats one token
+        for weight in model.parameters():
+            weight *= 8 if weight.ndim > 1 else 1
     settings = config(temperature=0.0)
     found = InfiniteSampler(model, settings).generate(PROMPTS, 1)
+    assert all(len(set(tokens)) > 1 for tokens in found.completion_ids)
     for ids, tokens in zip(PROMPTS, found.completion_ids, strict=True):
         line = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=24,
                               eos_token_id=list(EOS), pad_token_id=0)  # fmt: skip
         assert tokens == keyed.until(line[0, len(ids) :].tolist(), EOS)
+    model.set_attn_implementation("sdpa")
+    paged = model.generate_batch(
+        PROMPTS, progress_bar=False,
+        generation_config=GenerationConfig(do_sample=False, max_new_tokens=24, eos_token_id=-1),
+        continuous_batching_config=ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64),
+    )  # fmt: skip
+    lines = [keyed.until(line.generated_tokens, EOS) for line in paged.values()]
+    assert sorted(lines) == sorted(found.completion_ids)
 
 
 def test_logprobs_are_those_of_a_training_pass(llama):
