@@ -58,7 +58,8 @@ def decode_attention(
         prefix_lengths: int64 ``(S,)``, keys of each slot's prefix.
         order: int64 ``(S,)``, slots in an order in which those of one prefix are neighbours.
         tiles: int64 ``(2, S + 1)``, first place in ``order`` and number of slots of each tile, at
-            most `decode_tile`; all slots of a tile have one prefix, and each busy slot is in one.
+            most `decode_tile`; all slots of a tile have one prefix, each busy slot is in one, and
+            empty ones come last.
         capacity: Keys that a slot has room for; ``K // S`` by default. Idle slots need no room.
         longest: Bound on ``prefix_lengths``; ``M`` by default.
         scale: Of the inner products, positive; ``D ** -0.5`` by default.

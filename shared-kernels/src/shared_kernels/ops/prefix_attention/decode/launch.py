@@ -17,6 +17,11 @@ OWN_SPLIT: Final = 256
 PREFIX_SPLIT: Final = 512
 #: (slot, head of a group) pairs of a tile over a prefix.
 PAIRS: Final = 64
+#: Programs of prefixes for each head and split. Most batches have no more tiles, and programs
+#: without one delay the others.
+WALKERS: Final = 16
+#: Registers of a thread with which three programs run at once on a multiprocessor.
+_REGISTERS: Final = 168
 _LOG2E: Final = 1.4426950408889634
 
 
@@ -79,16 +84,24 @@ def decode_attention(
         "BDV": packed._power_of_two(value_dim), "BN": packed.block_keys(size, q.element_size()),
         "WINDOW": window is not None, "SOFTCAP": softcap is not None, "WIDEN": interpreting(),
     }  # fmt: skip
-    pipeline = {"num_warps": 4, "num_stages": 3 if q.element_size() == 2 else 1}
+    small = q.element_size() == 2
+    if small and size <= 128:
+        # what a tile needs must not make room scarce for those that walk own keys
+        constants["BN_SHARED"], constants["maxnreg"] = 32, _REGISTERS
+    else:
+        constants["BN_SHARED"] = constants["BN"]
+    walkers = min(slots, WALKERS)
     attend: Any = kernels.decode_parts_kernel
     merge: Any = kernels.decode_merge_kernel
     with torch.cuda.device_of(q):
-        attend[(slots * key_heads * splits,)](
+        attend[(key_heads * (walkers * prefix_splits + slots * own_splits),)](
             q, k, v, shared_k, shared_v, parts, sums, lengths, starts, prefix_lengths, order,
-            tiles, slots, capacity, splits, prefix_splits, own_splits, key_heads, *q.stride()[:2],
+            tiles, slots, walkers, capacity, splits, prefix_splits, own_splits, key_heads,
+            *q.stride()[:2],
             *k.stride()[:2], *v.stride()[:2], *shared_k.stride()[:2], *shared_v.stride()[:2],
             *numbers, OWN=OWN_SPLIT, SHARED=PREFIX_SPLIT, BM_OWN=packed._power_of_two(group),
-            BM_SHARED=packed._power_of_two(max(PAIRS, group)), **constants, **pipeline,
+            BM_SHARED=packed._power_of_two(max(PAIRS, group)), **constants, num_warps=4,
+            num_stages=3 if small else 1,
         )  # fmt: skip
         merge[(slots, heads)](
             parts, sums, lengths, prefix_lengths, sinks, out, lse, splits, prefix_splits,

@@ -88,8 +88,8 @@ def _shared_size(length, SHARED: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=[
-        "slots", "capacity", "splits", "offset", "own_splits", "key_heads", "scale", "softcap",
-        "window",
+        "slots", "walkers", "capacity", "splits", "offset", "own_splits", "key_heads", "scale",
+        "softcap", "window",
     ]
 )  # fmt: skip
 def decode_parts_kernel(
@@ -106,6 +106,7 @@ def decode_parts_kernel(
     order_ptr,
     tiles_ptr,
     slots,
+    walkers,
     capacity,
     splits,
     offset,
@@ -134,24 +135,26 @@ def decode_parts_kernel(
     BM_OWN: tl.constexpr,
     BM_SHARED: tl.constexpr,
     BN: tl.constexpr,
+    BN_SHARED: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
     """Attend from a tile of slots to a split of their prefix, or from a slot to one of its own.
 
-    Both in one launch: the few programs of a prefix take long, and begin first. ``offset`` splits
-    of a prefix come before the own ones. Scales are for base-2 exponentials.
+    Both in one launch: the programs of prefixes take long, and begin first; ``walkers`` of them
+    share the tiles of a head and a split. ``offset`` splits of a prefix come before the own ones.
+    Scales are for base-2 exponentials.
     """
     program = tl.program_id(0)
     dims = tl.arange(0, BD)
     heads = key_heads * GROUP
-    if program < slots * key_heads * offset:
+    if program < walkers * key_heads * offset:
         head = program % key_heads
         split = program // key_heads % offset
         tile = program // key_heads // offset
         count = tl.load(tiles_ptr + slots + 1 + tile).to(tl.int32)
-        if count > 0:
+        while count > 0:
             member = tl.load(tiles_ptr + tile)
             leader = tl.load(order_ptr + member)
             length = tl.load(prefix_lengths_ptr + leader).to(tl.int32)
@@ -175,14 +178,17 @@ def decode_parts_kernel(
                     q, shared_k_ptr + head * shared_k_head, shared_v_ptr + head * shared_v_head,
                     tl.load(starts_ptr + leader), begin, end, lane * 0 + length, length + own - 1,
                     shared_k_row, shared_v_row, scale, softcap, window,
-                    D, DV, BD, BDV, BM_SHARED, BN, WINDOW, SOFTCAP, WIDEN,
+                    D, DV, BD, BDV, BM_SHARED, BN_SHARED, WINDOW, SOFTCAP, WIDEN,
                 )  # fmt: skip
                 place = (slot * heads + query_head) * splits + split
                 _store_part(
                     acc, total, peak, parts_ptr, sums_ptr, place, live, tl.arange(0, BDV), DV
                 )  # fmt: skip
+            tile += walkers
+            # the entry behind those of the slots is zero
+            count = tl.load(tiles_ptr + slots + 1 + tl.minimum(tile, slots)).to(tl.int32)
     else:
-        program -= slots * key_heads * offset
+        program -= walkers * key_heads * offset
         split = program % own_splits
         head = program // own_splits % key_heads
         slot = (program // own_splits // key_heads).to(tl.int64)
