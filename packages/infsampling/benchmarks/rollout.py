@@ -12,6 +12,7 @@ belongs to a distribution of the name ``flash-attn-3``.
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -51,6 +52,14 @@ def sampler_of(model, **config):
     from infsampling import InfiniteSampler, SamplingConfig
 
     return InfiniteSampler(model, SamplingConfig(eos_token_id=(2,), policy="lpt", **config))
+
+
+def sibling(sampler):
+    """Another sampler of the model, with buffers of its own and what was compiled for the first."""
+    sampler._step_forward()
+    made = copy.copy(sampler)
+    made._engine = None
+    return made
 
 
 def oracle(forced):
@@ -237,9 +246,8 @@ def prompt(device):
     model, tokens, count = make_model(device), 128, 64
     shared = [i % 1000 for i in range(8192)]
     private = [[5000 + number, *shared[1:]] for number in range(count)]
-    samplers = {
-        size: sampler_of(model, max_slots=count, max_new_tokens=tokens) for size in (1, count)
-    }
+    samplers = {1: sampler_of(model, max_slots=count, max_new_tokens=tokens)}
+    samplers[count] = sibling(samplers[1])
 
     def run(prompts):
         found = (
@@ -270,7 +278,8 @@ def many(device):
     model, longest = make_model(device), 128
     ids = list(range(1000, 1256))
     forced = {count: lengths(count, longest) for count in (64, 4096)}
-    samplers = {count: sampler_of(model, max_slots=64, max_new_tokens=longest) for count in forced}
+    samplers = {64: sampler_of(model, max_slots=64, max_new_tokens=longest)}
+    samplers[4096] = sibling(samplers[64])
 
     def run(count):
         sampler = samplers[count]
