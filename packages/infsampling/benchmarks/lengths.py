@@ -43,7 +43,7 @@ from shared_kernels.bench import describe_run
 from shared_kernels.files import write_text
 
 EPOCHS, FOLDS, PROMPTS, PROBE, EVERY = 6, 5, 8, 16, (64, 16)
-LEVELS = (None, 0.5, 0.8, 0.9, 0.95)
+LEVELS = (None, 0.5, 0.8, 0.9, 0.95, 0.99, 0.999)
 #: How often the prompts of a fold are dealt to steps anew.
 DEALS = 3
 
