@@ -1,6 +1,7 @@
 """The sampler against sequential generation, itself under every schedule, and bad input."""
 
 import copy
+import dataclasses
 import math
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from infsampling import (
     UnsupportedModelError,
     simulate,
 )
+from infsampling.engine import Engine
 from infsampling.scheduling import POLICIES
 from scipy import stats
 from shared_kernels.testing.models import tiny_model
@@ -482,6 +484,59 @@ def test_models_that_cannot_be_served():
         with pytest.raises(UnsupportedModelError, match=text) as caught:
             InfiniteSampler(model, config())
         assert "generate" in str(caught.value) or name == "none"
+
+
+def scarce(monkeypatch, name, fits, begun=0):
+    """Let a method of the engine fail where more slots than these are used, from some call on."""
+    method, calls = getattr(Engine, name), []
+
+    def replaced(self, *args, **kwargs):
+        calls.append(self.sizes.places)
+        if self.sizes.places > fits and len(calls) > begun:
+            raise torch.OutOfMemoryError("no room")
+        return method(self, *args, **kwargs)
+
+    monkeypatch.setattr(Engine, name, replaced)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("name", "begun", "policy"),
+    [("prefill", 1, "lpt"), ("expect", 0, "lpt"), ("step", 9, "lpt"), ("step", 9, "turns")],
+)
+def test_memory_that_runs_out(llama, monkeypatch, caplog, name, begun, policy):
+    settings = config(
+        max_slots="auto", memory_budget=1 << 30, policy=policy, turn=2, sync_every=2,
+        rerank_every=2,
+    )  # fmt: skip
+    few = InfiniteSampler(llama, settings.replace(max_slots=8)).generate(PROMPTS, 7)
+    calls = scarce(monkeypatch, name, 8, begun)
+    sampler = InfiniteSampler(llama, settings)
+    assert sampler.plan([5, 2, 1], 7).slots == 16
+    found = sampler.generate(PROMPTS, 7)
+    assert set(calls) == {16, 8}
+    assert (found.completion_ids, found.logprobs) == (few.completion_ids, few.logprobs)
+    assert found.stats == dataclasses.replace(
+        few.stats, **{k: getattr(found.stats, k) for k in ("prefill_seconds", "decode_seconds")}
+    )
+    assert "out of memory with 16 slots: all begins again with 8" in caplog.text
+    # what was yielded before is not yielded again
+    calls.clear()
+    stream = InfiniteSampler(llama, settings).stream(PROMPTS, 7)
+    ended = [(c.prompt_index, c.sample_index) for c in stream]
+    assert 16 in calls
+    assert sorted(ended) == [(p, s) for p in range(3) for s in range(7)]
+
+
+def test_memory_that_is_not_there(llama, monkeypatch):
+    scarce(monkeypatch, "prefill", 4)
+    for slots in ("auto", 8):
+        sampler = InfiniteSampler(llama, config(max_slots=slots, memory_budget=1 << 30))
+        with pytest.raises(MemoryError, match=r"slots do not fit .* lower max_slots"):
+            sampler.generate(PROMPTS, 7)
+    assert llama(torch.tensor([[5]])).logits.shape == (1, 1, 96)
+    found = InfiniteSampler(llama, config(max_slots=4)).generate(PROMPTS, 7)
+    assert len(found.completion_ids) == 21
 
 
 def test_buffers_are_kept_for_calls_of_one_shape(llama):

@@ -275,6 +275,8 @@ class Engine:
         try:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.step()
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, torch.AcceleratorError) as error:
             if watching:
                 # it may be what watches that cannot be recorded: without, it is tried again

@@ -63,8 +63,6 @@ class Run:
         self.eos = [] if forced is not None else sampler.eos_token_ids()
         self.rows = len(self.request.unique)
         self.order: list[int] = []
-        self.parked: dict[int, Parked] = {}
-        self.parked_bytes = self.swaps = 0
         self.failed = False
         self.prefill_seconds = self.decode_seconds = 0.0
 
@@ -79,29 +77,67 @@ class Run:
             mean_length=sampler.mean_length,
         )  # fmt: skip
         self.slots = max(1, plan.slots)
-        self.kv_bytes = self.host_syncs = self.captures = 0
-        self.counts, self.reasons = [0] * self.rows, [0] * self.rows
-        self.totals = [0] * f.COUNTERS
+        self._reset()
         if not self.rows:
             return
         with sampler.prepared():
-            sizes = Sizes(
-                self.slots, self.rows, self.config.max_new_tokens, sum(lengths), max(lengths)
-            )
-            self.engine = engine = sampler.engine_for(sizes, self.eos)
-            began = time.perf_counter()
-            self._begin()
-            self.prefill_seconds = time.perf_counter() - began
-            ended = [row for row, reason in enumerate(self.reasons) if reason]
-            if ended:
-                yield ended
-            began = time.perf_counter()
-            yield from self._decode(engine, self._ranking(engine))
-            self.decode_seconds = time.perf_counter() - began
-            self.kv_bytes = engine.cache.nbytes + engine.store.nbytes
-            self.host_syncs, self.captures = engine.host_syncs, engine.captures
+            told: set[int] = set()
+            for again in (False, True):
+                try:
+                    for ended in self._attempt(lengths):
+                        # samples are the same when all begins again
+                        fresh = [row for row in ended if row not in told]
+                        told.update(fresh)
+                        if fresh:
+                            yield fresh
+                    break
+                except torch.OutOfMemoryError as error:
+                    if again or self.config.max_slots != "auto" or self.slots == 1:
+                        raise MemoryError(
+                            f"{self.slots} slots do not fit beside what else is in memory; lower "
+                            "max_slots or max_new_tokens, sample fewer prompts at a time, or free "
+                            "memory; where much is reserved and little allocated, "
+                            "PYTORCH_ALLOC_CONF=expandable_segments:True helps"
+                        ) from error
+                self._fewer_slots()
             self._warn()
         self._learn()
+
+    def _reset(self) -> None:
+        """Begin as if nothing had been sampled."""
+        self.parked: dict[int, Parked] = {}
+        self.parked_bytes = self.swaps = 0
+        self.kv_bytes = self.host_syncs = self.captures = 0
+        self.counts, self.reasons = [0] * self.rows, [0] * self.rows
+        self.totals = [0] * f.COUNTERS
+        self.held: list[int] | None = None
+
+    def _fewer_slots(self) -> None:
+        """Take half of the slots, and free what the others took."""
+        slots = max(1, self.slots // 2)
+        _LOG.warning("out of memory with %d slots: all begins again with %d", self.slots, slots)
+        self.slots = slots
+        vars(self).pop("engine", None)
+        self.sampler.close()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _attempt(self, lengths: list[int]) -> Generator[list[int]]:
+        """Sample in so many slots, and yield the rows that have ended."""
+        self._reset()
+        sizes = Sizes(self.slots, self.rows, self.config.max_new_tokens, sum(lengths), max(lengths))
+        self.engine = engine = self.sampler.engine_for(sizes, self.eos)
+        began = time.perf_counter()
+        self._begin()
+        self.prefill_seconds = time.perf_counter() - began
+        ended = [row for row, reason in enumerate(self.reasons) if reason]
+        if ended:
+            yield ended
+        began = time.perf_counter()
+        yield from self._decode(engine, self._ranking(engine))
+        self.decode_seconds = time.perf_counter() - began
+        self.kv_bytes = engine.cache.nbytes + engine.store.nbytes
+        self.host_syncs, self.captures = engine.host_syncs, engine.captures
 
     def _begin(self) -> None:
         """Compute the prompts, draw all first tokens, and let the samples wait in order."""
@@ -231,8 +267,9 @@ class Run:
 
     def _move(self, engine: Engine, ranking: parking.Ranking, *, full: bool) -> None:
         """Take samples out of slots, and put others there."""
-        held = getattr(self, "held", [-1] * self.slots)
-        taken = self.totals[f.HEAD] if hasattr(self, "held") else 0
+        first = self.held is None
+        held = self.held or [-1] * self.slots
+        taken = 0 if first else self.totals[f.HEAD]
         fresh = self.order[taken:]
         steps = np.array(self.counts) - 1
         out, into = ranking.choose(held, list(self.parked), fresh, steps, full=full)
@@ -243,7 +280,7 @@ class Run:
         for slot, row in into:
             engine.place(slot, row, self.counts[row], self.parked.pop(row, None))
         started = {row for _, row in into}
-        if out or into or not hasattr(self, "held"):
+        if out or into or first:
             self.order = [row for row in fresh if row not in started]
             engine.queue(self.order)
             engine.fill()

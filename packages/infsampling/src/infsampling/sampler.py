@@ -104,7 +104,8 @@ class InfiniteSampler:
         Raises:
             ValueError: Prompts without tokens or beyond the model's positions, or numbers that do
                 not fit together.
-            MemoryError: Not even one slot fits.
+            MemoryError: Not even one slot fits; or the slots did not, of planned ones not even half
+                of them.
         """
         run = Run(self, prompt_ids, num_generations, step, sample_ids, forced_lengths)
         for _ in run.go():
