@@ -145,7 +145,7 @@ def test_micro_batches_add_up_to_the_whole_groups_gradient(loss_type, parts):
 def test_the_head_runs_on_predicting_tokens_only_and_keeps_no_logits(monkeypatch):
     from infsampling.trainer import logprobs
 
-    monkeypatch.setattr(logprobs, "_TOKENS", 4)
+    monkeypatch.setattr(logprobs, "_LOGITS", 4 * 96)
     model, found = tiny_model("llama").eval(), samples()
     (batch,) = micro_batches(found, torch.zeros(8), [True] * 8, 1)
     seen = []

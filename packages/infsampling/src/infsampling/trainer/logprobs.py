@@ -14,14 +14,14 @@ from infsampling.attention import TrainingCall
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-#: Completion tokens whose logits exist at a time: half a gigabyte for 150,000 tokens in float32.
-_TOKENS: Final = 1024
+#: Logits that exist at a time: 256 MB in float32. Backward holds three times as much.
+_LOGITS: Final = 1 << 26
 
 
 def _part(head: Head, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     logits = head.logits(hidden)
     logits = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
-    law = torch.log_softmax(logits / temperature, -1)
+    law = torch.log_softmax(logits if temperature == 1 else logits / temperature, -1)
     entropy = -(law.detach().exp() * law.detach()).sum(-1)
     return law.gather(-1, targets[:, None])[:, 0], entropy
 
@@ -32,7 +32,7 @@ def packed_logprobs(
     """Return log-probabilities of a micro batch's completion tokens, and entropies before them.
 
     The model runs once over the prompts and all completions; its head runs on the tokens that
-    predict one, 1024 at a time, and again in backward, so that no logits are kept.
+    predict one, some hundreds at a time, and again in backward, so that no logits are kept.
 
     Args:
         model: To be called, a wrapper of ``inner`` perhaps.
@@ -60,9 +60,10 @@ def packed_logprobs(
     finally:
         hook.remove()
     hidden = kept[0][0]
+    size = max(1, _LOGITS // head.module.weight.shape[0])
     parts = [
         checkpoint(_part, head, h, t, temperature, use_reentrant=False)
-        for h, t in zip(hidden.split(_TOKENS), batch["targets"].split(_TOKENS), strict=True)
+        for h, t in zip(hidden.split(size), batch["targets"].split(size), strict=True)
     ]
     pad = torch.nn.utils.rnn.pad_sequence
     logps, entropies = (
