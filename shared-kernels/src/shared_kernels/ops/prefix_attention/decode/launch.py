@@ -97,11 +97,11 @@ def decode_attention(
         attend[(key_heads * (walkers * prefix_splits + slots * own_splits),)](
             q, k, v, shared_k, shared_v, parts, sums, lengths, starts, prefix_lengths, order,
             tiles, slots, walkers, capacity, splits, prefix_splits, own_splits, key_heads,
-            *q.stride()[:2],
-            *k.stride()[:2], *v.stride()[:2], *shared_k.stride()[:2], *shared_v.stride()[:2],
-            *numbers, OWN=OWN_SPLIT, SHARED=PREFIX_SPLIT, BM_OWN=packed._power_of_two(group),
-            BM_SHARED=packed._power_of_two(max(PAIRS, group)), **constants, num_warps=4,
-            num_stages=3 if small else 1,
+            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *shared_k.stride()[:2],
+            *shared_v.stride()[:2], *numbers, OWN=OWN_SPLIT, SHARED=PREFIX_SPLIT,
+            BM_OWN=packed._power_of_two(group),
+            BM_SHARED=packed._power_of_two(max(PAIRS, group)), **constants,
+            num_warps=4, num_stages=3 if small else 1,
         )  # fmt: skip
         merge[(slots, heads)](
             parts, sums, lengths, prefix_lengths, sinks, out, lse, splits, prefix_splits,
