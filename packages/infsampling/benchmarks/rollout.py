@@ -124,7 +124,7 @@ def peak(sampler, run):
 
 
 def group(name, device, count, prompt, longest, slots, peers=()):
-    """A whole group: `generate`, peers, and the sampler with these slots."""
+    """A whole group: peers, else `generate`, and the sampler with these slots."""
     model = make_model(device)
     ids = list(range(1000, 1000 + prompt))
     forced = lengths(count, longest)
@@ -139,6 +139,10 @@ def group(name, device, count, prompt, longest, slots, peers=()):
         return sampler, run
 
     arms = {places: arm(places) for places in slots}
+    others = {
+        f"continuous batching, {attention}": lambda a=attention: continuous(model, ids, forced, a)
+        for attention in peers
+    } or {"generate": lambda: plain(model, ids, count, max(forced))}
 
     def check():
         for _, run in arms.values():
@@ -148,7 +152,7 @@ def group(name, device, count, prompt, longest, slots, peers=()):
             assert run().stats.graph_captures == 0
 
     yield Workload(
-        name=name, device=device, check=check, baseline="generate", clock="wall",
+        name=name, device=device, check=check, baseline=next(iter(others)), clock="wall",
         params={
             "samples": count, "prompt": prompt, "longest": max(forced), "tokens": sum(forced),
             "shape": "Qwen3-1.7B",
@@ -159,10 +163,7 @@ def group(name, device, count, prompt, longest, slots, peers=()):
             "steps": {str(places): run().stats.decode_steps for places, (_, run) in arms.items()},
         },
         arms=[
-            Arm(name="generate", fn=lambda: plain(model, ids, count, max(forced))),
-            *(Arm(name=f"continuous batching, {attention}",
-                  fn=lambda a=attention: continuous(model, ids, forced, a))
-              for attention in peers),
+            *(Arm(name=other, fn=fn) for other, fn in others.items()),
             *(Arm(name=f"infsampling, {places} slots", fn=run)
               for places, (_, run) in arms.items()),
         ],
@@ -179,7 +180,7 @@ def rollout(device):
 
 @benchmark
 def peers(device):
-    """The same beside continuous batching of transformers."""
+    """The same group beside continuous batching of transformers."""
     if device == "cpu":
         return
     from transformers.utils.import_utils import is_flash_attn_3_available

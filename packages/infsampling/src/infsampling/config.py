@@ -67,7 +67,7 @@ class SamplingConfig:
         sync_every: Steps between two looks of the host at the device.
         rerank_every: Steps between two rankings of running and waiting samples, for policies that
             park; a multiple of ``sync_every``.
-        prefill_chunk: Tokens of a prompt that are computed at once.
+        prefill_chunk: Tokens of a prompt that are computed at once; fewer need less memory.
         compile: Compile the model's decoding step with `torch.compile`, once for all calls of one
             shape; None does so on a CUDA device.
         cuda_graph: Record the decoding step as a CUDA graph; None does so on a CUDA device.
@@ -88,7 +88,7 @@ class SamplingConfig:
     memory_budget: float | None = None
     sync_every: int = 16
     rerank_every: int = 64
-    prefill_chunk: int = 512
+    prefill_chunk: int = 2048
     compile: bool | None = None
     cuda_graph: bool | None = None
 
