@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from infsampling.fusion import fused_projections
+from infsampling.fusion import FusedProjections
 from shared_kernels.testing.models import tiny_inputs, tiny_model
+from torch._dynamo.testing import CompileCounter
 
 
 def logits(model, ids):
@@ -17,7 +18,7 @@ def test_logits_stay_and_the_model_is_left_as_it_was(name):
     ids = tiny_inputs(name)["input_ids"]
     before = logits(model, ids)
     kept = {n: m.forward for n, m in model.named_modules()}
-    with pytest.raises(RuntimeError, match="stop"), fused_projections(model) as count:
+    with pytest.raises(RuntimeError, match="stop"), FusedProjections(model)() as count:
         assert (count > 0) == (name != "gpt2")
         # the reference is the matrix library, one product after the other
         assert torch.equal(logits(model, ids), before)
@@ -34,7 +35,7 @@ def test_each_input_is_computed_once_and_weights_are_read_where_they_are(monkeyp
     real = fusion.skinny_linears
     monkeypatch.setattr(fusion, "skinny_linears", lambda *a: calls.append(len(a[1])) or real(*a))
     ids = tiny_inputs("llama")["input_ids"]
-    with fused_projections(model):
+    with FusedProjections(model)():
         logits(model, ids)
         layers = model.config.num_hidden_layers
         assert calls == [3, 2] * layers
@@ -51,9 +52,9 @@ def test_adapted_and_wide_layers_are_left_alone():
     model = tiny_model("llama").bfloat16()
     attention = model.model.layers[0].self_attn
     attention.q_proj = torch.nn.Sequential(attention.q_proj)
-    with fused_projections(model) as count:
+    with FusedProjections(model)() as count:
         assert count == 2 * model.config.num_hidden_layers - 1
-    with fused_projections(tiny_model("llama")) as count:
+    with FusedProjections(tiny_model("llama"))() as count:
         assert count == 0
 
 
@@ -62,10 +63,30 @@ def test_a_compiled_step_takes_them_in():
     ids = tiny_inputs("llama")["input_ids"]
     step = torch.compile(lambda x: model(input_ids=x, use_cache=False).logits, backend="aot_eager",
                          fullgraph=True)  # fmt: skip
-    with fused_projections(model), torch.no_grad():
+    with FusedProjections(model)(), torch.no_grad():
         found = step(ids)
         # nothing of a step is held by the next
         assert torch.equal(step(ids), found)
+    assert torch.equal(found, logits(model, ids))
+
+
+def test_a_step_is_compiled_once():
+    model = tiny_model("llama").bfloat16().eval()
+    ids, counter = tiny_inputs("llama")["input_ids"], CompileCounter()
+    step = torch.compile(lambda x: model(input_ids=x, use_cache=False).logits, backend=counter)
+    fused = FusedProjections(model)
+    for _ in range(3):
+        with fused(), torch.no_grad():
+            step(ids)
+    assert counter.frame_count == 1
+    # another layer at that place
+    attention = model.model.layers[0].self_attn
+    attention.q_proj = torch.nn.Linear(
+        attention.q_proj.in_features, attention.q_proj.out_features, False, dtype=torch.bfloat16
+    )
+    with fused(), torch.no_grad():
+        found = step(ids)
+    assert counter.frame_count == 2
     assert torch.equal(found, logits(model, ids))
 
 
@@ -75,7 +96,7 @@ def test_another_input_is_another_product():
     x, y = torch.randn(2, 3, 8).bfloat16()
     with torch.no_grad():
         expected = [mlp.gate_proj(x), mlp.up_proj(y), mlp.up_proj(x), mlp.gate_proj(y)]
-        with fused_projections(mlp) as count:
+        with FusedProjections(mlp)() as count:
             assert count == 1
             found = [mlp.gate_proj(x), mlp.up_proj(y), mlp.up_proj(x), mlp.gate_proj(y)]
     assert all(map(torch.equal, found, expected))

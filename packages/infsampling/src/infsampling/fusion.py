@@ -21,6 +21,7 @@ class _Group:
 
     def __init__(self, layers: list[nn.Linear]) -> None:
         self.layers = layers
+        self.forwards = [partial(self.call, index) for index in range(len(layers))]
         self.x: Tensor | None = None
         self.parts: list[Tensor] = []
         self.left = 0
@@ -45,7 +46,7 @@ class _Group:
         return part
 
 
-def _groups(model: nn.Module) -> Generator[_Group]:
+def _together(model: nn.Module) -> Generator[list[nn.Linear]]:
     for module in model.modules():
         for names in _TOGETHER:
             layers: list[Any] = [getattr(module, name, None) for name in names]
@@ -55,26 +56,42 @@ def _groups(model: nn.Module) -> Generator[_Group]:
                 alike = {(x.in_features, x.weight.dtype, x.weight.device, x.bias is None)
                          for x in layers}  # fmt: skip
                 if len(alike) == 1 and first.weight.element_size() == 2:
-                    yield _Group(layers)
+                    yield layers
 
 
-@contextmanager
-def fused_projections(model: nn.Module) -> Generator[int]:
-    """Let queries, keys and values, and gate and up, be one product each for up to 64 rows.
+class FusedProjections:
+    """Lets queries, keys and values, and gate and up, be one product each for up to 64 rows.
 
     The modules, their parameters and hooks stay as they are; a call with more rows is computed as
     ever. Only for 16-bit weights, where reading them is what a step waits for. No gradients.
 
-    Yields:
-        How many such groups the model has.
+    Args:
+        model: Whose layers; what can be joined is looked up anew each time.
     """
-    groups = [*_groups(model)]
-    try:
-        for group in groups:
-            for index, layer in enumerate(group.layers):
-                layer.__dict__["forward"] = partial(group.call, index)
-        yield len(groups)
-    finally:
-        for group in groups:
-            for layer in group.layers:
-                layer.__dict__.pop("forward", None)
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._groups: dict[tuple[int, ...], _Group] = {}
+
+    @contextmanager
+    def __call__(self) -> Generator[int]:
+        """Join them within this context.
+
+        Yields:
+            How many groups of layers the model has.
+        """
+        known, self._groups = self._groups, {}
+        for layers in _together(self.model):
+            key = tuple(map(id, layers))
+            # the same objects each time: a compiled step is compiled for them
+            self._groups[key] = known.get(key) or _Group(layers)
+        groups = [*self._groups.values()]
+        try:
+            for group in groups:
+                for layer, forward in zip(group.layers, group.forwards, strict=True):
+                    layer.__dict__["forward"] = forward
+            yield len(groups)
+        finally:
+            for group in groups:
+                for layer in group.layers:
+                    layer.__dict__.pop("forward", None)

@@ -12,7 +12,7 @@ from infsampling import memory, support
 from infsampling.attention import NAME
 from infsampling.config import SamplingConfig
 from infsampling.engine import Engine, Forward, Sizes, fingerprint
-from infsampling.fusion import fused_projections
+from infsampling.fusion import FusedProjections
 from infsampling.request import counts_of
 from infsampling.run import Run
 
@@ -59,6 +59,7 @@ class InfiniteSampler:
         self.processing_class = processing_class
         self._engine: Engine | None = None
         self._forward: Forward | None = None
+        self._projections = FusedProjections(model)
         self.mean_length: float | None = None
         self._running = False
 
@@ -190,7 +191,7 @@ class InfiniteSampler:
                 module.training = False
             with torch.no_grad(), attention_of(configs_of(self.model), NAME), ExitStack() as stack:
                 if next(self.model.parameters()).is_cuda:
-                    stack.enter_context(fused_projections(self.model))
+                    stack.enter_context(self._projections())
                 yield
         finally:
             self._running = False
