@@ -296,6 +296,25 @@ def test_plan_of_the_slots(llama):
         InfiniteSampler(llama, config(max_slots="auto", memory_budget=1000)).generate(PROMPTS, 1)
 
 
+def test_plan_keeps_slots_that_are_nearly_as_quick(llama):
+    sampler = InfiniteSampler(llama, config(max_slots="auto", memory_budget=1e9))
+    first = sampler.plan([5], 100).slots
+    sampler.generate([PROMPTS[0]], 100)
+    assert sampler.last_slots == first == 51
+    sampler.mean_length = 11.0
+    assert sampler.plan([5], 100).slots == 51
+    # but not at any price
+    sampler.mean_length = 5.0
+    assert sampler.plan([5], 100).slots == 24
+    sampler.last_slots = 40
+    kept = sampler.plan([5], 100)
+    assert kept.slots == 40
+    # and not beyond the memory, nor the samples
+    sampler.config = config(max_slots="auto", memory_budget=kept.total - kept.slot)
+    assert sampler.plan([5], 100).slots == 39
+    assert sampler.plan([5], 39).slots < 39
+
+
 # --- as they end, and what is learned --------------------------------------------------------
 
 

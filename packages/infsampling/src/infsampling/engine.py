@@ -350,7 +350,7 @@ class Forward:
 
     Args:
         model: A causal language model.
-        compile: Compile it: anew for each object, once for all batches of a size.
+        compile: Compile it: anew for each object, once for each size of a batch.
     """
 
     def __init__(self, model: Any, *, compile: bool) -> None:
@@ -359,11 +359,16 @@ class Forward:
         self._hidden: Tensor | None = None
         # one object, so that what was compiled with it is found again
         self._hook = self._keep
-        self._call = _compiled(model) if compile else model
+        self._calls: dict[int, Any] = {}
 
     def __call__(self, **inputs: Any) -> Any:
         """Return the model's output."""
-        return self._call(**inputs)
+        if not self.compiles:
+            return self.model(**inputs)
+        size = len(inputs["input_ids"])
+        if size not in self._calls:
+            self._calls[size] = _compiled(self.model)
+        return self._calls[size](**inputs)
 
     def buffer(self, lanes: int, like: Tensor) -> Tensor:
         """Return where states ``(lanes, d)`` of steps will be, the same for the same sizes."""

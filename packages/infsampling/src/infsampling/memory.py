@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 #: Bodies of the logits that a step holds at a time: of the model, and in float32.
 _LOGITS_BYTES = 8
 _PLAN_WITHIN = 1.02
+#: Other slots are another shape to compile and record for: not worth it for less than this.
+_KEEP_WITHIN = 1.15
 _MULTIPLE = 8
 
 
@@ -87,12 +89,14 @@ def make_plan(
     counts: Sequence[int],
     *,
     mean_length: float | None = None,
+    last: int | None = None,
 ) -> MemoryPlan:
     """Plan a call.
 
     A step reads the weights once, whatever the slots, and the keys and values of each: with few
     slots there are many steps, with many a step takes longer. Of the slots that fit, the fewest are
-    taken that are within 2 % of the best modelled time.
+    taken that are within 2 % of the best modelled time; or those of the last call, for which the
+    step is compiled, if they are within 15 %.
 
     Args:
         model: Whose weights and geometry count.
@@ -100,6 +104,7 @@ def make_plan(
         prompt_lengths: Tokens of each unique prompt.
         counts: Samples of each.
         mean_length: Expected tokens of a sample; half of ``max_new_tokens`` by default.
+        last: Slots of the last call.
 
     Raises:
         MemoryError: Not even one slot fits into the budget.
@@ -123,7 +128,9 @@ def make_plan(
                 "max_new_tokens, sample fewer prompts at a time, or free memory"
             )
         expected = min(mean_length or config.max_new_tokens / 2, config.max_new_tokens)
-        best = _fastest(samples, config.max_new_tokens, expected, weights, prefixes, per_token)
+        best = _fastest(
+            samples, config.max_new_tokens, expected, weights, prefixes, per_token, last
+        )
         wanted = min(wanted, best, fits)
     else:
         wanted = min(wanted, config.max_slots)
@@ -136,9 +143,10 @@ def _budget(config: SamplingConfig, device: torch.device) -> int:
 
 
 def _fastest(
-    samples: int, most: int, mean: float, weights: int, prefixes: int, per_token: int
-) -> int:
-    """Return the fewest slots whose modelled time is close to the best."""
+    samples: int, most: int, mean: float, weights: int, prefixes: int, per_token: int,
+    last: int | None,
+) -> int:  # fmt: skip
+    """Return the fewest slots whose modelled time is close to the best, or the last ones."""
 
     def seconds(slots: int) -> float:
         steps = max(most, samples * mean / slots)
@@ -146,6 +154,8 @@ def _fastest(
 
     sizes = [*range(_MULTIPLE, samples, _MULTIPLE), samples]
     least = min(map(seconds, sizes))
+    if last is not None and last <= samples and seconds(last) <= _KEEP_WITHIN * least:
+        return last
     chosen = next(size for size in sizes if seconds(size) <= _PLAN_WITHIN * least)
     # fewer than these cannot be as quick as one slot for each sample
     return max(chosen, min(samples, free_slots([most, *[mean] * (samples - 1)])))

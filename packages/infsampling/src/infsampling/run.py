@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from shared_kernels.ops.sampling import fields as f
 
-from infsampling import memory, support
+from infsampling import support
 from infsampling.engine import Engine, Sizes
 from infsampling.errors import SamplingWarning
 from infsampling.keys import prompt_uid, sample_keys
@@ -72,11 +72,7 @@ class Run:
         """Sample, and yield the rows that have ended whenever the host looks."""
         request, sampler = self.request, self.sampler
         lengths = [len(ids) for ids in request.prompts]
-        plan = memory.make_plan(
-            sampler.model, self.config, lengths, [len(rows) for rows in request.rows_of],
-            mean_length=sampler.mean_length,
-        )  # fmt: skip
-        self.slots = max(1, plan.slots)
+        self.slots = max(1, sampler.plan(lengths, [len(rows) for rows in request.rows_of]).slots)
         self._reset()
         if not self.rows:
             return
@@ -370,7 +366,7 @@ class Run:
 
     def _learn(self) -> None:
         if self.rows and all(self.reasons):
-            self.sampler.learned(float(np.mean(self.counts)))
+            self.sampler.learned(float(np.mean(self.counts)), self.slots)
         predictor = self.sampler.length_predictor
         if predictor is not None:
             try:

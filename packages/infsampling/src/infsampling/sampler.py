@@ -61,6 +61,7 @@ class InfiniteSampler:
         self._forward: Forward | None = None
         self._projections = FusedProjections(model)
         self.mean_length: float | None = None
+        self.last_slots: int | None = None
         self._running = False
 
     # --- public ------------------------------------------------------------------------------
@@ -79,8 +80,9 @@ class InfiniteSampler:
         """
         counts = counts_of(num_generations, len(prompt_lengths))
         return memory.make_plan(
-            self.model, self.config, prompt_lengths, counts, mean_length=self.mean_length
-        )
+            self.model, self.config, prompt_lengths, counts, mean_length=self.mean_length,
+            last=self.last_slots,
+        )  # fmt: skip
 
     def generate(
         self,
@@ -198,7 +200,8 @@ class InfiniteSampler:
             for module in training:
                 module.training = True
 
-    def learned(self, mean_length: float) -> None:
-        """Remember how long samples were, for the next plan."""
+    def learned(self, mean_length: float, slots: int) -> None:
+        """Remember how long samples were, and in how many slots, for the next plan."""
+        self.last_slots = slots
         before = mean_length if self.mean_length is None else self.mean_length
         self.mean_length = 0.5 * before + 0.5 * mean_length
