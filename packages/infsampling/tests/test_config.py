@@ -6,7 +6,7 @@ from transformers import GenerationConfig
 
 
 def test_policies_are_those_of_the_schedules():
-    assert set(POLICIES) == set(ORDERS)
+    assert set(POLICIES) == {"auto", *ORDERS}
 
 
 def test_from_generation_config():
@@ -57,7 +57,8 @@ def test_from_trl():
     ({"min_p": 2.0}, "min_p"), ({"top_k": -1}, "top_k"), ({"policy": "best"}, "policy"),
     ({"rerank_every": 24}, "a multiple of sync_every=16"), ({"memory_budget": 0}, "memory_budget"),
     ({"logprobs": "raw"}, "logprobs"), ({"sync_every": 0}, "sync_every"),
-    ({"max_prompt_tokens": 0}, "max_prompt_tokens"),
+    ({"max_prompt_tokens": 0}, "max_prompt_tokens"), ({"park_limit": 0.5}, "park_limit"),
+    ({"park_limit": float("nan")}, "park_limit"),
 ])  # fmt: skip
 def test_bad_values(values, text):
     with pytest.raises(ValueError, match=text):

@@ -69,7 +69,9 @@ def test_tokens_do_not_depend_on_the_schedule(cuda, dtype, compiled):
         max_position_embeddings=2048, dtype=dtype,
     ).eval().to(cuda)  # fmt: skip
     prompts = [[*range(10, 90)] * 8, PROMPT]
-    base = config(max_slots=16, max_new_tokens=600, eos_token_id=(), compile=compiled)
+    base = config(
+        max_slots=16, max_new_tokens=600, eos_token_id=(), compile=compiled, park_limit=4.0
+    )  # fmt: skip
     lengths = np.random.default_rng(0).integers(1, 600, 48).tolist()
     plain = InfiniteSampler(model, base).generate(prompts, 24, forced_lengths=lengths)
     for policy in POLICIES:

@@ -27,7 +27,7 @@ COUNTS = [8, 13]
 def config(**changes):
     base = {
         "max_slots": 4, "max_new_tokens": 24, "eos_token_id": EOS, "seed": 3, "sync_every": 2,
-        "rerank_every": 4,
+        "rerank_every": 4, "park_limit": float("inf"),
     }  # fmt: skip
     return SamplingConfig(**base | changes)
 
@@ -103,10 +103,10 @@ def test_steps_are_those_of_the_simulator(llama, plain, policy, slots):
     assert same(found, plain)
     work, first = np.array(LENGTHS) - 1, np.full(21, 23.0)
     # what was said at the last ranking is all that is known until the next
-    options = {"sync_every": 2, "rerank_every": 4, "probe": 2,
-               "remaining": lambda row, done: max(float(work[row] - done), 1.0)}  # fmt: skip
+    options = {"sync_every": 2, "rerank_every": 4, "park_limit": float("inf")}
+    blind = simulate(work, slots, policy, first, **options)
+    options |= {"probe": 2, "remaining": lambda row, done: max(float(work[row] - done), 1.0)}
     expected = simulate(work, slots, policy, first, **options)
-    blind = simulate(work, slots, policy, first, sync_every=2, rerank_every=4)
     assert found.stats.decode_steps == expected.steps <= blind.steps - (slots == 4)
     assert found.stats.swaps == expected.swaps > 0
     assert found.stats.slot_utilisation == pytest.approx(expected.utilisation)
@@ -120,7 +120,18 @@ def test_a_probe_orders_once(llama, plain):
     assert found.stats.swaps <= 4 * waves
     assert same(found, plain)
     # without a progressive predictor nothing is parked
-    assert ask(llama, OracleLengths([LENGTHS[:8], LENGTHS[8:]])).stats.swaps == 0
+    stats = ask(llama, OracleLengths([LENGTHS[:8], LENGTHS[8:]])).stats
+    assert (stats.swaps, stats.policy) == (0, "lpt")
+
+
+def test_the_policy_follows_from_the_predictor(llama, plain):
+    for predictor, policy in (
+        (None, "turns"), (Watcher(), "lrpt"), (OracleLengths([LENGTHS[:8], LENGTHS[8:]]), "lpt"),
+    ):  # fmt: skip
+        found = ask(llama, predictor, policy="auto")
+        assert found.stats.policy == policy
+        assert same(found, plain)
+        assert found.stats.decode_steps == ask(llama, predictor, policy=policy).stats.decode_steps
 
 
 @pytest.mark.parametrize("changes", [{"max_slots": 24}, {"policy": "sjf"}, {"policy": "turns"}, {}])
@@ -129,7 +140,7 @@ def test_no_probe_where_it_does_not_pay(llama, changes):
     if not changes:
         # six waves of ten steps
         predictor.probe_tokens = 10
-    found = ask(llama, predictor, **changes)
+    found = ask(llama, predictor, **{"policy": "lpt"} | changes)
     assert predictor.count is None
     assert found.stats.swaps == 0 or changes == {"policy": "turns"}
 

@@ -22,7 +22,7 @@ app = App(
 )
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Policy = Literal["lpt", "fifo", "sjf", "group_sjf", "paper", "lrpt", "turns"]
+Policy = Literal["auto", "lpt", "fifo", "sjf", "group_sjf", "paper", "lrpt", "turns"]
 Simulated = Literal[
     "all", "lpt", "fifo", "sjf", "group_sjf", "paper", "lrpt", "turns", "rounds", "sorted_rounds"
 ]
@@ -105,7 +105,7 @@ def generate(
     top_p: float = 1.0,
     min_p: float = 0.0,
     seed: int = 0,
-    policy: Policy = "lpt",
+    policy: Policy = "auto",
     device: str | None = None,
     dtype: Dtype = "auto",
     json_output: JsonFlag = False,
@@ -291,7 +291,8 @@ def simulate(
     noise: float = 0.0,
     sync_every: int = 16,
     rerank_every: int = 64,
-    turn: int = 128,
+    turn: int = 64,
+    park_limit: float = 2.0,
     seed: int = 0,
     json_output: JsonFlag = False,
 ) -> int:
@@ -305,6 +306,7 @@ def simulate(
         sync_every: Steps between two looks of the host.
         rerank_every: Steps between two rankings, for policies that park.
         turn: Steps of a turn.
+        park_limit: Samples leave their slots once so many times the slots are left, or fewer.
         seed: Of the noise.
         json_output: Print JSON.
     """
@@ -321,7 +323,7 @@ def simulate(
         results = [
             run(
                 rollout, slots, name, guess, sync_every=sync_every, rerank_every=rerank_every,
-                turn=turn,
+                turn=turn, park_limit=park_limit,
             )
             for rollout, guess in zip(rollouts, believed, strict=True)
         ]  # fmt: skip

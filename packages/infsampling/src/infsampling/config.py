@@ -10,7 +10,7 @@ from shared_kernels._checks import check_choice, check_range, message
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
-POLICIES = ("lpt", "fifo", "sjf", "group_sjf", "paper", "lrpt", "turns")
+POLICIES = ("auto", "lpt", "fifo", "sjf", "group_sjf", "paper", "lrpt", "turns")
 
 #: Fields of a `GenerationConfig` that change what is drawn and that the sampler does not have, with
 #: the values that change nothing.
@@ -60,8 +60,11 @@ class SamplingConfig:
         seed: Of all draws. Tokens are a function of the seed, the step, the prompt and the number
             of the sample, whatever the slots, the policy and the other prompts.
         policy: Which waiting sample takes a free slot: see `scheduling.order`. ``lrpt`` and
-            ``turns`` also park samples in host memory.
+            ``turns`` also park samples in host memory. ``auto`` is ``turns`` without a length
+            predictor, ``lrpt`` with a progressive one, and ``lpt`` with any other.
         turn: Tokens of a turn, for ``turns``.
+        park_limit: Samples are taken out of slots once no more than this many times as many are
+            left as there are slots; before that, a slot is given away when its sample ends.
         memory_budget: For keys, values and work space: bytes, or a share of what is free; by
             default 0.9 of it.
         sync_every: Steps between two looks of the host at the device.
@@ -83,8 +86,9 @@ class SamplingConfig:
     eos_token_id: tuple[int, ...] | None = None
     logprobs: Literal["full", "filtered"] = "full"
     seed: int = 0
-    policy: Literal["lpt", "fifo", "sjf", "group_sjf", "paper", "lrpt", "turns"] = "lpt"
-    turn: int = 128
+    policy: Literal["auto", "lpt", "fifo", "sjf", "group_sjf", "paper", "lrpt", "turns"] = "auto"
+    turn: int = 64
+    park_limit: float = 2.0
     memory_budget: float | None = None
     sync_every: int = 16
     rerank_every: int = 64
@@ -110,6 +114,11 @@ class SamplingConfig:
         check_choice("policy", self.policy, POLICIES)
         for name in ("turn", "sync_every", "rerank_every", "prefill_chunk"):
             check_range(name, getattr(self, name), 1, 1 << 31, "at least one token")
+        if not self.park_limit >= 1:
+            remedy = "1 parks nothing, inf at any time"
+            raise ValueError(
+                message("park_limit", "a number of at least 1", self.park_limit, remedy)
+            )
         if self.rerank_every % self.sync_every:
             raise ValueError(
                 message("rerank_every", f"a multiple of sync_every={self.sync_every}",

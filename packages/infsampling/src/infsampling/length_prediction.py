@@ -99,6 +99,15 @@ class ProgressivePredictor(LengthPredictor, Protocol):
         ...
 
 
+def chosen_policy(policy: str, predictor: LengthPredictor | None) -> str:
+    """Return the policy that ``auto`` stands for: turns need no predictions, and rank by none."""
+    if policy != "auto":
+        return policy
+    if predictor is None:
+        return "turns"
+    return "lrpt" if isinstance(predictor, ProgressivePredictor) else "lpt"
+
+
 class OracleLengths:
     """Knows the lengths, for tests and simulations.
 

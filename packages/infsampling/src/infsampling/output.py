@@ -37,6 +37,7 @@ class SamplingStats:
     """How it went.
 
     Attributes:
+        policy: That the samples were ordered by.
         decode_steps: Forward passes over the slots until the last sample was done.
         lower_bound: Passes that no order could have done without, now that lengths are known.
         slot_utilisation: The share of slot steps that made a token.
@@ -52,6 +53,7 @@ class SamplingStats:
         decode_seconds: The rest.
     """
 
+    policy: str
     decode_steps: int
     lower_bound: int
     slot_utilisation: float
@@ -72,7 +74,7 @@ class SamplingStats:
         return self.decode_steps / self.lower_bound if self.lower_bound else 1.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all numbers by name."""
+        """Return all by name."""
         return asdict(self) | {"over_bound": self.over_bound}
 
 

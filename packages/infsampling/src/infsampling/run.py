@@ -15,7 +15,7 @@ from infsampling import support
 from infsampling.engine import Engine, Sizes
 from infsampling.errors import SamplingWarning
 from infsampling.keys import prompt_uid, sample_keys
-from infsampling.length_prediction import ProgressivePredictor, PromptState
+from infsampling.length_prediction import ProgressivePredictor, PromptState, chosen_policy
 from infsampling.output import FINISH_REASONS, Completion, SamplingOutput, SamplingStats
 from infsampling.request import Request, counts_of
 from infsampling.scheduling import bounds, parking, policies
@@ -62,6 +62,7 @@ class Run:
         self.request = Request(prompt_ids, counts, sample_ids, forced, most)
         self.eos = [] if forced is not None else sampler.eos_token_ids()
         self.rows = len(self.request.unique)
+        self.policy = chosen_policy(self.config.policy, sampler.length_predictor)
         self.order: list[int] = []
         self.failed = False
         self.prefill_seconds = self.decode_seconds = 0.0
@@ -182,7 +183,7 @@ class Run:
             # the first token is there already
             self.predicted - 1,
             self.slots,
-            self.config.policy,
+            self.policy,
             groups=groups,
         )
         self.order = [row for row in order if not self.reasons[row]]
@@ -208,7 +209,7 @@ class Run:
     @property
     def _asks(self) -> bool:
         """Whether the policy wants predictions."""
-        return self.config.policy not in ("fifo", "turns")
+        return self.policy not in ("fifo", "turns")
 
     def _fail(self, error: Exception) -> None:
         """Do without the predictor: an order is all that it decides, the samples are right."""
@@ -218,7 +219,7 @@ class Run:
 
     def _ranking(self, engine: Engine) -> parking.Ranking | None:
         """Return what says who runs, for a policy or a predictor that takes samples out."""
-        predictor, policy = self.sampler.length_predictor, self.config.policy
+        predictor, policy = self.sampler.length_predictor, self.policy
         progressive = isinstance(predictor, ProgressivePredictor) and not self.failed
         probe = int(getattr(predictor, "probe_tokens", PROBE_TOKENS)) if progressive else 0
         probing = policy == "lpt" and parking.worth_probing(
@@ -230,7 +231,8 @@ class Run:
         if policy != "turns" and isinstance(predictor, ProgressivePredictor) and not self.failed:
             progress = _Progress(self, predictor, engine)
         return parking.Ranking(
-            policy, self.predicted - 1, turn=self.config.turn, probe=probe, remaining=progress,
+            policy, self.predicted - 1, turn=self.config.turn, limit=self.config.park_limit,
+            probe=probe, remaining=progress,
             refresh=None if progress is None else progress.refresh,
             margin=self.config.rerank_every / 2,
         )  # fmt: skip
@@ -311,6 +313,7 @@ class Run:
         bound = bounds.preemptive_bound if self.swaps else bounds.lower_bound
         decoded = self.totals[f.STEPS]
         stats = SamplingStats(
+            policy=self.policy,
             decode_steps=decoded,
             lower_bound=bound(steps, self.slots),
             slot_utilisation=self.totals[f.BUSY] / (decoded * self.slots) if decoded else 1.0,

@@ -13,6 +13,7 @@ from infsampling.scheduling import (
     free_slots,
     lower_bound,
     order,
+    parking,
     partition,
     preemptive_bound,
     schedule,
@@ -70,7 +71,7 @@ def test_sorted_rounds_are_the_best_rounds(lengths, slots):
 @EVERY
 @given(lengths=st.lists(st.integers(0, 60), min_size=1, max_size=20), slots=st.integers(1, 6))
 def test_parking_with_right_predictions_reaches_the_bound(lengths, slots):
-    found = simulate(lengths, slots, "lrpt", sync_every=1, rerank_every=1)
+    found = simulate(lengths, slots, "lrpt", sync_every=1, rerank_every=1, park_limit=float("inf"))
     # ranked at every step with a margin of half of one
     assert found.steps == preemptive_bound(lengths, slots)
 
@@ -97,6 +98,39 @@ def test_every_policy_decodes_everything(lengths, slots, policy, seed, sync):
     if len(lengths) <= slots and policy not in ("lrpt", "turns"):
         assert found.steps == work.max()
         assert found.swaps == 0
+
+
+def test_samples_are_parked_when_few_are_left():
+    ranking = parking.Ranking("turns", np.full(6, 9.0), turn=2, limit=2.0)
+    done = np.array([4, 0, 0, 0, 0, 4])
+    # five are left for two slots
+    assert ranking.choose([0, 1], [], [2, 3, 4], done, full=True) == ([], [])
+    assert ranking.choose([0, -1], [], [2, 3, 4], done, full=True) == ([0], [(1, 2), (0, 3)])
+    # without a limit; and a probe is for all, however many there are
+    ranking.limit = float("inf")
+    assert ranking.choose([0, 1], [], [2, 3, 4], done, full=True) == ([0], [(0, 2)])
+    probing = parking.Ranking("lpt", np.full(6, 9.0), probe=4, limit=2.0)
+    assert probing.choose([0, 5], [], [1, 2, 3], done, full=True)[0] == [0, 1]
+
+
+@pytest.mark.parametrize(("slots", "gain"), [(16, 0.15), (8, 0.08), (4, 0.01)])
+def test_turns_save_steps_without_predictions(slots, gain, monkeypatch):
+    """On real lengths, and with no more parked than there are slots."""
+    parked, choose = [], parking.Ranking.choose
+
+    def watched(self, held, waits, *others, **options):
+        parked.append(len(waits))
+        return choose(self, held, waits, *others, **options)
+
+    monkeypatch.setattr(parking.Ranking, "choose", watched)
+    first, turns = (
+        np.mean(
+            [simulate(np.array(group) - 1, slots, policy).steps for group in MEASURED["groups"]]
+        )
+        for policy in ("fifo", "turns")
+    )
+    assert turns < (1 - gain) * first
+    assert 0 < max(parked) <= slots
 
 
 def test_orders():

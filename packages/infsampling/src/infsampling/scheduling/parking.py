@@ -51,6 +51,8 @@ class Ranking:
         policy: ``lrpt``, ``turns`` or ``lpt``.
         predictions: float ``(G,)``, expected steps.
         turn: Steps of a turn.
+        limit: Running samples are taken out once no more than this many times as many are left as
+            there are slots. While more are left, no slot is idle anyway, and swaps gain little.
         probe: Steps that all samples have first, for ``lpt``; it ends when the host looks next.
         remaining: Of a sample and its steps so far, the steps it is believed to need yet.
         refresh: Called before samples are ranked by what remains.
@@ -65,13 +67,14 @@ class Ranking:
         predictions: np.ndarray,
         *,
         turn: int = 1,
+        limit: float = float("inf"),
         probe: int = 0,
         remaining: Callable[[int, int], float] | None = None,
         refresh: Callable[[], None] | None = None,
         margin: float = 0.0,
     ) -> None:
         self.policy, self.predictions = policy, np.asarray(predictions, dtype=np.float64)
-        self.turn, self.probe = turn, probe
+        self.turn, self.probe, self.limit = turn, probe, limit
         self.margin = margin if policy == "lrpt" else 0.0
         self.probing = policy == "lpt"
         self._remaining, self._refresh = remaining, refresh
@@ -105,7 +108,7 @@ class Ranking:
             held: Of each slot its sample, or -1.
             parked: Samples that have been taken out of a slot.
             fresh: Samples that have not begun, in order; the device gives them free slots itself,
-                the first ones first.
+                the first ones first, and needs no host for it.
             done: int ``(G,)``, steps that each sample has had.
             full: Whether running samples may be taken out, see `due`; else only free slots are
                 filled.
@@ -113,7 +116,12 @@ class Ranking:
         Returns:
             Slots to empty; and pairs of a slot and the sample to put there.
         """
-        alive = [*parked, *fresh, *(row for row in held if row >= 0)]
+        busy = [row for row in held if row >= 0]
+        few = len(parked) + len(fresh) + len(busy) <= self.limit * len(held)
+        full = full and (self.probing or few)
+        if not full and not parked:
+            return [], []
+        alive = [*parked, *fresh, *busy]
         ranked = not self.probing or all(done[row] >= self.probe for row in alive)
         if full and ranked and self._refresh is not None:
             self._refresh()

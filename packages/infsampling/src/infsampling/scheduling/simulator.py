@@ -53,7 +53,8 @@ def simulate(
     groups: ArrayLike | None = None,
     sync_every: int = 16,
     rerank_every: int = 64,
-    turn: int = 128,
+    turn: int = 64,
+    park_limit: float = 2.0,
     probe: int = 0,
     remaining: Callable[[int, int], float] | None = None,
     epsilon: float = 0.1,
@@ -71,6 +72,7 @@ def simulate(
         sync_every: Steps between two looks of the host, for policies that park.
         rerank_every: Steps between two rankings of all samples, a multiple of ``sync_every``.
         turn: Steps after which ``turns`` lets another sample go first.
+        park_limit: As in `SamplingConfig`.
         probe: Steps that all samples have before ``lpt`` orders them by what remains, if
             `parking.worth_probing`; 0 orders them by their predictions.
         remaining: Of a sample and the steps it has had, what is believed to remain, for policies
@@ -102,8 +104,9 @@ def simulate(
     probing = policy == "lpt" and parking.worth_probing(believed[found], slots, probe)
     if policy in policies.PARKING or probing:
         plan = parking.Ranking(
-            policy, believed, turn=turn, probe=probe, remaining=remaining, margin=rerank_every / 2
-        )
+            policy, believed, turn=turn, limit=park_limit, probe=probe, remaining=remaining,
+            margin=rerank_every / 2,
+        )  # fmt: skip
         ends, swaps = _park(work, slots, found, plan, sync_every, rerank_every)
         clock = int(ends.max(initial=0))
         return _result(work, slots, ends, clock, swaps, bounds.preemptive_bound(work, slots))

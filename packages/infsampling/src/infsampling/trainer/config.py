@@ -79,7 +79,7 @@ class GRPOConfig(TrainingArguments):
         default=None, metadata={"help": "Of sampling: bytes, or a share of what is free."}
     )
     policy: str = field(
-        default="lpt", metadata={"help": "Which waiting completion takes a free slot."}
+        default="auto", metadata={"help": "Which waiting completion takes a free slot."}
     )
 
     def __post_init__(self) -> None:
