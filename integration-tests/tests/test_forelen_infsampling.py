@@ -151,7 +151,7 @@ def test_fewer_steps_on_real_lengths(real):
     left = torch.stack([
         LengthDistribution(
             made.bins.remaining(first, torch.full((len(first),), age)), made.bins
-        ).quantile(0.95).clamp(max=cap - age)
+        ).quantile(0.999).clamp(max=cap - age)
         for age in ages
     ], 1).numpy()  # fmt: skip
     over = {name: [] for name in ("fifo", "lrpt", "true lengths")}

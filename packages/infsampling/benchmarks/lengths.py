@@ -15,7 +15,10 @@ over the bound of a schedule without, which knows that two of the longest must s
 - ``survival``: the same distribution, given that the answer is longer than it is by now;
 - ``PLP``: by the answer's own states too, if the store has them (``forelen collect`` keeps them;
   stores in the repository come without). ``lpt`` orders by these two after a probe of 16 steps,
-  ``lrpt/64`` ranks every 64 steps and ``lrpt/16`` every 16.
+  ``lrpt/64`` ranks every 64 steps and ``lrpt/16`` every 16;
+- ``true lengths``, and ``true lengths, error s``: multiplied by exp(s z), z standard normal, which
+  says how good predictions have to be. ``log_errors`` are those of forelen's means: the standard
+  deviation of the logarithm of length over prediction.
 """
 
 from __future__ import annotations
@@ -44,6 +47,7 @@ from shared_kernels.files import write_text
 
 EPOCHS, FOLDS, PROMPTS, PROBE, EVERY = 6, 5, 8, 16, (64, 16)
 LEVELS = (None, 0.5, 0.8, 0.9, 0.95, 0.99, 0.999)
+ERRORS = (0.2, 0.5, 1.0)
 #: How often the prompts of a fold are dealt to steps anew.
 DEALS = 3
 
@@ -116,7 +120,7 @@ def deal(prompts, siblings, draws):
     return [(part[:, None] * siblings + np.arange(siblings)).ravel() for part in parts]
 
 
-def contenders(beliefs, first, cap):
+def contenders(beliefs, first, cap, blurred):
     """Return by (name, level) what `simulate` is given, of chosen answers."""
     found = {
         ("fifo", None): lambda _: {"policy": "fifo"},
@@ -132,6 +136,14 @@ def contenders(beliefs, first, cap):
             "policy": "lrpt", "rerank_every": every,
         }  # fmt: skip
     found["lpt, true lengths", None] = lambda _: {"policy": "lpt"}
+    for error, guess in blurred.items():
+        for policy in ("lpt", "lrpt"):
+            name = f"{policy}/64" if policy == "lrpt" else policy
+            found[f"{name}, true lengths, error {error}", None] = (
+                lambda chosen, policy=policy, guess=guess: {
+                    "policy": policy, "predictions": guess[chosen],
+                }
+            )  # fmt: skip
     for level in LEVELS:
         for policy in ("lpt",) if level else ("lpt", "sjf", "paper"):
             found[f"{policy}, prompt", level] = lambda chosen, policy=policy, level=level: {
@@ -164,8 +176,13 @@ def judged(part, predictors, deals, seed):
         grown = LengthDataset(part, predictors["PLP"].config)
         beliefs["PLP"] = Beliefs.growing(predictors["PLP"], grown, len(work), cap)
     first = {level: told(law, level, cap - 1) for level in LEVELS}
-    arms = contenders(beliefs, first, cap)
-    draws, found = np.random.default_rng(seed), {key: [] for key in arms}
+    draws = np.random.default_rng(seed)
+    blurred = {
+        error: np.clip(work * np.exp(error * draws.standard_normal(len(work))), 1, cap - 1)
+        for error in ERRORS
+    }
+    arms = contenders(beliefs, first, cap, blurred)
+    found = {key: [] for key in arms}
     for _ in range(deals):
         for chosen in deal(len(part), siblings, draws):
             lengths, slots = work[chosen], len(chosen) // 2
@@ -174,7 +191,17 @@ def judged(part, predictors, deals, seed):
                 result = simulate(lengths, slots, **options(chosen))
                 swaps = result.swaps / len(chosen)
                 found[key].append((result.steps / bound, result.steps / unswapped, swaps))
-    return {key: np.array(values) for key, values in found.items()}
+    errors = {"prompt": np.log(np.maximum(work, 1) / first[None])}
+    for name, table in beliefs.items():
+        place = int(np.searchsorted(table.ages, PROBE))
+        there = ~np.isnan(table.values[None][:, place]) & (work > PROBE)
+        errors[f"{name}, of what remains after {PROBE}"] = np.log(
+            (work[there] - PROBE) / table.values[None][there, place]
+        )
+    return (
+        {key: np.array(values) for key, values in found.items()},
+        {name: float(values.std()) for name, values in errors.items()},
+    )
 
 
 def summary(values):
@@ -203,19 +230,20 @@ def judge_fold(store, number):
     predictors = {"prompt": fitted(learn, choose)}
     if len(found.step_time):
         predictors["PLP"] = fitted(learn, choose, plp=True)
-    before = judged(choose, predictors, 1, number)
+    before, _ = judged(choose, predictors, 1, number)
     best = {}
     for (name, level), values in before.items():
         mean = float(values[:, 0].mean())
         if name not in best or mean < best[name][0]:
             best[name] = (mean, level)
     parts = {}
-    for (name, level), values in judged(test, predictors, DEALS, number).items():
+    after, errors = judged(test, predictors, DEALS, number)
+    for (name, level), values in after.items():
         parts[name, level] = values
         if level == best[name][1]:
             parts[name, "chosen"] = values
             print(number, name, level, f"{values[:, 0].mean():.3f}", file=sys.stderr, flush=True)
-    return parts, {name: level for name, (_, level) in best.items()}
+    return parts, {name: level for name, (_, level) in best.items()}, errors
 
 
 def main():
@@ -224,12 +252,13 @@ def main():
     parser.add_argument("out", type=Path)
     parser.add_argument("--processes", type=int, default=1, help="folds at a time")
     arguments = parser.parse_args()
-    parts, picks = {}, []
+    parts, picks, off = {}, [], []
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.processes, context) as pool:
         folds = pool.map(judge_fold, [arguments.store] * FOLDS, range(FOLDS))
-        for values_of, levels in folds:
+        for values_of, levels, errors in folds:
             picks.append(levels)
+            off.append(errors)
             for key, values in values_of.items():
                 parts.setdefault(key, []).append(values)
     found = FeatureStore(arguments.store).load()
@@ -246,14 +275,16 @@ def main():
         "prompts_per_step": PROMPTS,
         "slots": PROMPTS * found.lengths.shape[1] // 2,
         "probe": PROBE,
+        "log_errors": {name: float(np.mean([errors[name] for errors in off])) for name in off[0]},
         "chosen": picks,
         "rows": rows,
     }
     write_text(arguments.out, json.dumps(document, indent=1) + "\n")
+    print(document["log_errors"])
     for row in sorted(rows, key=lambda row: row["over_bound"]):
         if row["level"] == "chosen":
             low, high = row["interval"]
-            print(f"{row['arm']:22} {row['over_bound']:.3f} ({low:.3f} to {high:.3f})"
+            print(f"{row['arm']:33} {row['over_bound']:.3f} ({low:.3f} to {high:.3f})"
                   f" {row['over_unswapped']:.3f} {row['swaps_per_answer']:.1f} swaps")  # fmt: skip
 
 

@@ -86,7 +86,7 @@ def continuous(model, prompt, forced, attention):
         max_requests_per_batch=len(forced), max_memory_percent=0.5, use_cuda_graph=True,
         q_padding_interval_size=64, kv_padding_interval_size=2048,
         # the wheel's kernels read no block tables
-        max_blocks_per_request=0 if attention.startswith("flash") else None,
+        max_blocks_per_request=0 if "flash" in attention else None,
     )  # fmt: skip
     generation = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=-1,
@@ -185,7 +185,9 @@ def peers(device):
         return
     from transformers.utils.import_utils import is_flash_attn_3_available
 
-    attentions = ("sdpa", "flash_attention_3") if is_flash_attn_3_available() else ("sdpa",)
+    attentions = ["paged|sdpa"]
+    if is_flash_attn_3_available():
+        attentions.append("paged|flash_attention_3")
     yield from group("peers/64", device, 64, 256, 256, (64,), attentions)
 
 

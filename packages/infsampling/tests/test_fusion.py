@@ -84,9 +84,11 @@ def test_a_step_is_compiled_once():
     attention.q_proj = torch.nn.Linear(
         attention.q_proj.in_features, attention.q_proj.out_features, False, dtype=torch.bfloat16
     )
-    with fused(), torch.no_grad():
+    with fused() as count, torch.no_grad():
         found = step(ids)
     assert counter.frame_count == 2
+    # the old one is forgotten
+    assert count == 2 * model.config.num_hidden_layers
     assert torch.equal(found, logits(model, ids))
 
 

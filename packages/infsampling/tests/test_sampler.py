@@ -18,6 +18,7 @@ from infsampling import (
     UnsupportedModelError,
     simulate,
 )
+from infsampling import engine as engine_module
 from infsampling.engine import Engine
 from infsampling.scheduling import POLICIES
 from scipy import stats
@@ -245,7 +246,7 @@ def test_memory_is_that_of_the_slots(llama):
     assert len({found.kv_bytes for found in sizes}) == 1
     assert len({found.prefill_tokens for found in sizes}) == 1
     per_token = 2 * 4 * 2 * 8 * 4
-    assert sizes[0].kv_bytes == per_token * (64 + 8 * 24 + 1)
+    assert sizes[0].kv_bytes == per_token * (64 + 1 + 8 * 24 + 1)
     plan = InfiniteSampler(llama, config()).plan([5], 200)
     assert plan.kv_per_token == per_token
     assert plan.full_group == 200 * 29 * per_token
@@ -312,7 +313,9 @@ def test_plan_keeps_slots_that_are_nearly_as_quick(llama):
     # and not beyond the memory, nor the samples
     sampler.config = config(max_slots="auto", memory_budget=kept.total - kept.slot)
     assert sampler.plan([5], 100).slots == 39
-    assert sampler.plan([5], 39).slots < 39
+    sampler.config = config(max_slots="auto", memory_budget=1e9)
+    sampler.mean_length, sampler.last_slots = 11.0, 26
+    assert sampler.plan([5], 25).slots == 16
 
 
 # --- as they end, and what is learned --------------------------------------------------------
@@ -392,6 +395,38 @@ def test_end_tokens_of_model_and_tokenizer(llama):
     sampler = InfiniteSampler(llama, config(eos_token_id=None), processing_class=Tokenizer())
     assert sampler.eos_token_ids() == [2, 7]
     assert InfiniteSampler(llama, config()).eos_token_ids() == list(EOS)
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "qwen3", "gpt2", "mistral", "gemma2", "gemma3", "cohere2", "gpt_oss", "opt"]
+)
+def test_short_prompts_together(name, monkeypatch):
+    model = tiny_model(name).eval()
+    random = np.random.default_rng(1)
+    lengths = [5, 1, 3, 16, 9, 20, 2, 16, 16, 7]
+    ids = [random.integers(8, 90, n).tolist() for n in lengths]
+    counts = [3, 1, 0, 2, 3, 2, 1, 1, 2, 3]
+    apart = InfiniteSampler(model, config(prefill_chunk=8)).generate(ids, counts)
+    monkeypatch.setattr(engine_module, "tokens_together", lambda device, chunk: 16)
+    sizes = []
+    model.get_input_embeddings().register_forward_pre_hook(
+        lambda module, args: sizes.append(args[0].numel())
+    )
+    found = InfiniteSampler(model, config()).generate(ids, counts)
+    assert sizes[: sizes.index(8)] == [16, 16, 16, 20, 16, 16, 16, 16]
+    assert found.completion_ids == apart.completion_ids
+    assert found.stats.prefill_tokens == sum(lengths) - 3
+    for a, b in zip(found.logprobs, apart.logprobs, strict=True):
+        assert a == pytest.approx(b, abs=1e-5)
+    # which prompts come together does not matter, bit for bit but for experts
+    for some in ([4, 0], [8, 1, 7], [9]):
+        again = InfiniteSampler(model, config()).generate(
+            [ids[p] for p in some], [counts[p] for p in some]
+        )
+        wanted = [row for p in some for row, q in enumerate(found.prompt_index) if q == p]
+        assert again.completion_ids == [found.completion_ids[row] for row in wanted]
+        if name != "gpt_oss":
+            assert again.logprobs == [found.logprobs[row] for row in wanted]
 
 
 def test_long_prompts_in_chunks(llama):
@@ -521,7 +556,7 @@ def scarce(monkeypatch, name, fits, begun=0):
 
 @pytest.mark.parametrize(
     ("name", "begun", "policy"),
-    [("prefill", 1, "lpt"), ("expect", 0, "lpt"), ("step", 9, "lpt"), ("step", 9, "turns")],
+    [("expect", 0, "lpt"), ("step", 9, "lpt"), ("step", 9, "turns")],
 )
 def test_memory_that_runs_out(llama, monkeypatch, caplog, name, begun, policy):
     settings = config(
@@ -548,7 +583,7 @@ def test_memory_that_runs_out(llama, monkeypatch, caplog, name, begun, policy):
 
 
 def test_memory_that_is_not_there(llama, monkeypatch):
-    scarce(monkeypatch, "prefill", 4)
+    scarce(monkeypatch, "expect", 4)
     for slots in ("auto", 8):
         sampler = InfiniteSampler(llama, config(max_slots=slots, memory_budget=1 << 30))
         with pytest.raises(MemoryError, match=r"slots do not fit .* lower max_slots"):

@@ -99,7 +99,13 @@ class _Arena(Cache):
 
 
 class PrefixStore(_Arena):
-    """Keys and values of prompts, each unique one once, end to end."""
+    """Keys and values of prompts, each unique one once, end to end.
+
+    One token more belongs to no prompt.
+    """
+
+    def __init__(self, layers: int, tokens: int) -> None:
+        super().__init__(layers, tokens + 1)
 
 
 class SlotCache(_Arena):

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from shared_kernels.ops.prefix_attention import PrefixLayout
 from shared_kernels.ops.prefix_attention.decode import decode_tile
 from shared_kernels.ops.sampling import SlotState, gumbel_sample, logit_threshold, slot_refill_
 from shared_kernels.ops.sampling import fields as f
 
-from infsampling.attention import DecodeCall, PrefillCall
+from infsampling.attention import DecodeCall
 from infsampling.cache import Parked, PrefixStore, SlotCache
+from infsampling.prompts import Prefill, tokens_together
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
@@ -95,6 +95,10 @@ class Engine:
         layers, sizes = text.num_hidden_layers, self.sizes
         self.lanes = -(-sizes.places // LANES) * LANES
         self.store = PrefixStore(layers, sizes.prefixes)
+        self.prefill = Prefill(
+            model, self.store, config.prefill_chunk,
+            tokens_together(self.device, config.prefill_chunk),
+        )  # fmt: skip
         self.cache = SlotCache(layers, sizes.places, sizes.capacity)
         self.state = SlotState.empty(
             self.lanes, sizes.rows, sizes.capacity, places=sizes.places,
@@ -174,47 +178,6 @@ class Engine:
             self.unwatch(error)
 
     # --- prompts -----------------------------------------------------------------------------
-
-    def prefill(
-        self, ids: Sequence[int], start: int, *, states: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Compute a prompt into its place, some tokens at a time.
-
-        Returns:
-            Logits ``(1, V)`` of its last token, that token's final hidden state ``(d,)``, and, if
-            asked for, the final hidden states ``(P, d)`` of all.
-        """
-        tokens = torch.tensor(ids, dtype=torch.int64, device=self.device)
-        size, found = self.config.prefill_chunk, None
-        kept: list[Tensor] = []
-        head = self.model.get_output_embeddings()
-        whole: list[Tensor] = []
-        hooks = [
-            head.register_forward_pre_hook(lambda _, args: kept.append(args[0][0, -1].detach()))
-        ]
-        if states:
-            hooks.append(
-                self.model.base_model.register_forward_hook(
-                    lambda _, args, out: whole.append(out[0][0].detach())
-                )
-            )
-        try:
-            for low in range(0, len(ids), size):
-                part = tokens[low : low + size]
-                place = torch.arange(low, low + len(part), device=self.device)
-                self.store.write_to(start + place)
-                layout = PrefixLayout.build([len(part)], shared=(start, low))
-                found = self.model(
-                    input_ids=part[None], position_ids=place[None], past_key_values=self.store,
-                    use_cache=True, logits_to_keep=1,
-                    infsampling=PrefillCall(self.store, layout),
-                ).logits[:, -1]  # fmt: skip
-        finally:
-            for hook in hooks:
-                hook.remove()
-        if found is None:
-            raise ValueError("prompt_ids: a prompt has no token")
-        return found, kept[-1], torch.cat(whole) if whole else None
 
     def first_tokens(self, logits: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Draw the first token of every sample of a prompt from one row of logits.

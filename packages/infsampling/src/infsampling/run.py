@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 import warnings
@@ -145,34 +146,42 @@ class Run:
         )
         rows = torch.zeros_like(engine.state.rows[:, : self.rows], device="cpu")
         prompts: list[PromptState] = []
-        start = 0
         wanted = self._asks and bool(getattr(self.sampler.length_predictor, "wants_states", False))
         stops = torch.tensor(self.eos, dtype=torch.int64)
-        for number, (ids, mine) in enumerate(zip(request.prompts, request.rows_of, strict=True)):
-            if mine:
-                logits, hidden, states = engine.prefill(ids, start, states=wanted)
-                token, logprob, entropy = (
-                    x.cpu() for x in engine.first_tokens(logits, keys[mine].to(engine.device))
-                )
-                samples = [request.sample_index[row] for row in mine]
-                prompts.append(PromptState(ids, hidden, float(entropy[0]), samples, states))
-                where = torch.tensor(mine)
-                limit = torch.tensor([request.limits[row] for row in mine])
-                good = token >= 0
-                reason = torch.where(limit <= 1, f.CUT, f.RUNNING)
-                reason = torch.where(torch.isin(token, stops), f.STOPPED, reason)
-                reason = torch.where(good, reason, f.NOT_FINITE)
-                for field, value in (
-                    (f.COUNT, good.long()), (f.LIMIT, limit), (f.REASON, reason),
-                    (f.ROW_PREFIX, number), (f.ROW_START, start), (f.ROW_PREFIX_LENGTH, len(ids)),
-                ):  # fmt: skip
-                    rows[field, where] = torch.as_tensor(value, dtype=torch.int64)
-                rows[f.ROW_KEY_LOW :, where] = keys[where].T
-                there = where.to(engine.device)
-                state = engine.state
-                state.tokens[there, 0] = token.clamp(min=0).int().to(engine.device)
-                state.logprobs[there, 0] = logprob.float().to(engine.device)
-            start += len(ids)
+        starts = itertools.accumulate(map(len, request.prompts), initial=0)
+        # of each prompt its number, its tokens, its rows and its place; some have no samples
+        owners = [
+            (number, ids, mine, start)
+            for number, (ids, mine, start) in enumerate(
+                zip(request.prompts, request.rows_of, starts, strict=False)
+            )
+            if mine
+        ]
+        places = [(ids, start) for _, ids, _, start in owners]
+        for (number, ids, mine, start), found in zip(
+            owners, engine.prefill(places, states=wanted), strict=True
+        ):
+            token, logprob, entropy = (
+                x.cpu() for x in engine.first_tokens(found.logits, keys[mine].to(engine.device))
+            )
+            samples = [request.sample_index[row] for row in mine]
+            prompts.append(PromptState(ids, found.hidden, float(entropy[0]), samples, found.states))
+            where = torch.tensor(mine)
+            limit = torch.tensor([request.limits[row] for row in mine])
+            good = token >= 0
+            reason = torch.where(limit <= 1, f.CUT, f.RUNNING)
+            reason = torch.where(torch.isin(token, stops), f.STOPPED, reason)
+            reason = torch.where(good, reason, f.NOT_FINITE)
+            for field, value in (
+                (f.COUNT, good.long()), (f.LIMIT, limit), (f.REASON, reason),
+                (f.ROW_PREFIX, number), (f.ROW_START, start), (f.ROW_PREFIX_LENGTH, len(ids)),
+            ):  # fmt: skip
+                rows[field, where] = torch.as_tensor(value, dtype=torch.int64)
+            rows[f.ROW_KEY_LOW :, where] = keys[where].T
+            there = where.to(engine.device)
+            state = engine.state
+            state.tokens[there, 0] = token.clamp(min=0).int().to(engine.device)
+            state.logprobs[there, 0] = logprob.float().to(engine.device)
         engine.cache.allocate(engine.store)
         engine.state.rows.zero_()[:, : self.rows] = rows
         self.counts, self.reasons = rows[f.COUNT].tolist(), rows[f.REASON].tolist()

@@ -44,9 +44,9 @@ class SampledLengths:
         predictor: Trained for the model. With ``plp`` in its config an answer's own states are
             read; otherwise it tells how long an answer of this age is yet, by its prompt.
         model: The model that answers.
-        level: The quantile that is told, not calibrated; None tells the mean. For starting the
-            longest first an upper quantile is safer than the mean: what was thought short and
-            turns out long keeps all waiting.
+        level: The quantile that is told, not calibrated; None tells the mean. A schedule that
+            ends with its last answer wants what an answer may need at worst: what was thought short
+            and turns out long keeps all waiting.
         probe_tokens: Tokens that all answers should have before they are put in order.
 
     Attributes:
@@ -64,7 +64,7 @@ class SampledLengths:
         predictor: LengthPredictor,
         model: Any,
         *,
-        level: float | None = 0.95,
+        level: float | None = 0.999,
         probe_tokens: int = 16,
     ) -> None:
         check_model(predictor.config.fingerprint, model)
