@@ -14,6 +14,7 @@ from infsampling import (
     SamplingConfig,
     simulate,
 )
+from infsampling import engine as engine_module
 from infsampling.scheduling import parking
 from shared_kernels.testing.models import tiny_model
 from torch._dynamo.utils import counters
@@ -199,8 +200,9 @@ def test_states_are_kept_by_sample(llama, plain, policy):
         )
 
 
-@pytest.mark.parametrize("chunk", [2, 512])
-def test_states_of_prompts_only_for_who_wants_them(llama, chunk):
+@pytest.mark.parametrize(("chunk", "together"), [(2, 0), (512, 0), (512, 16)])
+def test_states_of_prompts_only_for_who_wants_them(llama, chunk, together, monkeypatch):
+    monkeypatch.setattr(engine_module, "tokens_together", lambda device, chunk: together)
     predictor = Watcher()
     ask(llama, predictor, prefill_chunk=chunk)
     assert [prompt.states for prompt in predictor.prompts] == [None, None]

@@ -403,7 +403,7 @@ def test_end_tokens_of_model_and_tokenizer(llama):
 def test_short_prompts_together(name, monkeypatch):
     model = tiny_model(name).eval()
     random = np.random.default_rng(1)
-    lengths = [5, 1, 3, 16, 9, 20, 2, 16, 16, 7]
+    lengths = [5, 1, 3, 16, 9, 7, 20, 2, 16, 16]
     ids = [random.integers(8, 90, n).tolist() for n in lengths]
     counts = [3, 1, 0, 2, 3, 2, 1, 1, 2, 3]
     apart = InfiniteSampler(model, config(prefill_chunk=8)).generate(ids, counts)
@@ -413,7 +413,7 @@ def test_short_prompts_together(name, monkeypatch):
         lambda module, args: sizes.append(args[0].numel())
     )
     found = InfiniteSampler(model, config()).generate(ids, counts)
-    assert sizes[: sizes.index(8)] == [16, 16, 16, 20, 16, 16, 16, 16]
+    assert sizes[: sizes.index(8)] == [16, 16, 16, 20, 16, 16, 16]
     assert found.completion_ids == apart.completion_ids
     assert found.stats.prefill_tokens == sum(lengths) - 3
     for a, b in zip(found.logprobs, apart.logprobs, strict=True):
@@ -427,6 +427,19 @@ def test_short_prompts_together(name, monkeypatch):
         assert again.completion_ids == [found.completion_ids[row] for row in wanted]
         if name != "gpt_oss":
             assert again.logprobs == [found.logprobs[row] for row in wanted]
+
+
+def test_a_number_of_prompts_together(llama, monkeypatch):
+    ids = [[10 + n] for n in range(70)]
+    apart = InfiniteSampler(llama, config()).generate(ids, 1)
+    monkeypatch.setattr(engine_module, "tokens_together", lambda device, chunk: 512)
+    sampler, calls = InfiniteSampler(llama, config()), []
+    hook = llama.get_output_embeddings().register_forward_pre_hook(
+        lambda module, args: calls.append(args[0].shape[1])
+    )
+    assert sampler.generate(ids, 1).completion_ids == apart.completion_ids
+    hook.remove()
+    assert calls[:4] == [32, 32, 32, 1]
 
 
 def test_long_prompts_in_chunks(llama):

@@ -66,6 +66,8 @@ def test_rollouts_are_the_samplers(tmp_path, tokenizer):
     # the weights of the second are other ones, and its samples are new
     assert calls[0][3]["completion_ids"] != calls[1][3]["completion_ids"]
     assert rollout.stats.prefill_tokens == 3
+    # nothing is held while the trainer learns
+    assert rollout._sampler._engine is None
     assert made.model.training
     assert {p.dtype for p in made.model.parameters()} == {torch.float32}
 

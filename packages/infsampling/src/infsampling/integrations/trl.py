@@ -98,6 +98,8 @@ class RolloutFunction:
                 self._sampler = sampler
             # an evaluation at a step draws other samples than the training step
             found = sampler.generate(ids, 1, step=2 * step[0] + step[1], sample_ids=numbers)
+            # keys and values make room for activations; recording a step anew is quick
+            sampler.close()
         self.stats = found.stats
         return {
             "prompt_ids": ids,
