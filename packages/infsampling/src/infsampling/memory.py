@@ -158,4 +158,6 @@ def _fastest(
         return last
     chosen = next(size for size in sizes if seconds(size) <= _PLAN_WITHIN * least)
     # fewer than these cannot be as quick as one slot for each sample
-    return max(chosen, min(samples, free_slots([most, *[mean] * (samples - 1)])))
+    chosen = max(chosen, free_slots([most, *[mean] * (samples - 1)]))
+    # a batch is padded to such a multiple in any case
+    return min(samples, -(-chosen // _MULTIPLE) * _MULTIPLE)
