@@ -217,6 +217,102 @@ def test_a_resumed_run_goes_on_as_it_would_have(tmp_path, tokenizer):
         assert torch.equal(a, b)
 
 
+def test_steps_on_the_same_completions(tmp_path, tokenizer):
+    rolled, batches = [], []
+
+    def reward(completion_ids, **kwargs):
+        rolled.append(len(completion_ids))
+        return share(completion_ids)
+
+    changes = {"num_iterations": 3, "max_steps": 6, "optim": "sgd", "max_grad_norm": 0.0,
+               "learning_rate": 8.0, "epsilon": 0.1, "epsilon_high": 0.3}  # fmt: skip
+    made = trainer(tmp_path, tokenizer, reward, **changes)
+    model = copy.deepcopy(made.model)
+    take = made.get_batch_samples
+
+    def recorded(*args):
+        found = take(*args)
+        batches.append(found[0])
+        return found
+
+    made.get_batch_samples = recorded
+    made.train()
+    assert rolled == [16, 16]
+    # a plain loop
+    clipped = []
+    for step, parts in enumerate(batches):
+        if step % 3 == 0:
+            with torch.no_grad():
+                old = [packed(model, batch, 0.9)[0] for batch in parts]
+        model.zero_grad()
+        for batch, before in zip(parts, old, strict=True):
+            logps = packed(model, batch, 0.9)[0]
+            grpo_loss(
+                logps,
+                before,
+                None,
+                batch["advantages"].float(),
+                batch["mask"],
+                epsilon=0.1,
+                epsilon_high=0.3,
+                num_items=sum(b["mask"].sum() for b in parts),
+            ).backward()
+            ratio, gain = (logps - before).exp(), batch["advantages"][:, None]
+            cut = (ratio < 0.9) & (gain < 0) | (ratio > 1.3) & (gain > 0)
+            clipped.append(float(cut[batch["mask"] > 0].double().mean()))
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= 8.0 * p.grad
+    for a, b in zip(made.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    lines = [line for line in made.state.log_history if "loss" in line]
+    assert ["reward" in line for line in lines] == [True, False, False] * 2
+    told = [line.get("clip_ratio/region_mean", 0.0) for line in lines]
+    assert told == pytest.approx([sum(clipped[i : i + 2]) / 2 for i in range(0, 12, 2)], abs=1e-6)
+    assert max(told) > 0
+
+
+def test_no_prompt_is_left_out_between_rollouts(tmp_path, tokenizer):
+    seen = []
+
+    def reward(prompts, **kwargs):
+        seen.extend(prompts[::8])
+        return [0.0] * len(prompts)
+
+    rows = [{"prompt": f"w{i}"} for i in range(20, 26)]
+    trainer(tmp_path, tokenizer, reward, rows=rows, num_iterations=2, max_steps=6).train()
+    assert sorted(seen) == [row["prompt"] for row in rows]
+
+
+@pytest.mark.parametrize("saved", [4, 5])
+def test_resuming_between_steps_on_the_same_completions(tmp_path, tokenizer, saved):
+    rows, rolled = [{"prompt": f"w{i}"} for i in range(20, 34)], []
+
+    def reward(completion_ids, **kwargs):
+        rolled.append(completion_ids)
+        return share(completion_ids)
+
+    options = {"rows": rows, "max_steps": 8, "num_iterations": 2}
+    whole = trainer(tmp_path / "a", tokenizer, reward, **options)
+    whole.train()
+    first = trainer(tmp_path / "b", tokenizer, reward, save_strategy="steps", save_steps=saved,
+                    **options)  # fmt: skip
+    first.train()
+    rolled.clear()
+    resumed = trainer(tmp_path / "b", tokenizer, reward, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "b" / f"checkpoint-{saved}"))
+    same = all(map(torch.equal, whole.model.parameters(), resumed.model.parameters()))
+    assert same == (saved == 4)
+    assert len(rolled) == 2
+    # another run of the same trainer begins anew
+    rolled.clear()
+    resumed.train()
+    resumed.args.max_steps = 1
+    for _ in range(2):
+        resumed.train()
+    assert len(rolled) == 6
+
+
 def test_evaluation_samples_other_completions_and_learns_nothing(tmp_path, tokenizer):
     seen = []
 
@@ -300,8 +396,8 @@ def test_mixed_precision_keeps_the_weights(tmp_path, tokenizer):
 
 
 @pytest.mark.peer
-@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
-def test_trls_trainer_makes_the_same_steps(tmp_path, tokenizer, loss_type):
+@pytest.mark.parametrize(("loss_type", "iterations"), [("dapo", 1), ("grpo", 1), ("dapo", 2)])
+def test_trls_trainer_makes_the_same_steps(tmp_path, tokenizer, loss_type, iterations):
     trl = pytest.importorskip("trl")
     from infsampling.integrations.trl import make_rollout_func
 
@@ -311,6 +407,7 @@ def test_trls_trainer_makes_the_same_steps(tmp_path, tokenizer, loss_type):
         "max_steps": 4, "report_to": [], "use_cpu": True, "seed": 5, "logging_steps": 1,
         "save_strategy": "no", "disable_tqdm": True, "temperature": 0.9,
         "lr_scheduler_type": "constant", "optim": "sgd", "loss_type": loss_type, "bf16": False,
+        "num_iterations": iterations,
     }  # fmt: skip
     theirs = trl.GRPOTrainer(
         model=tiny_model("llama"), reward_funcs=share, args=trl.GRPOConfig(**shared),
@@ -422,6 +519,8 @@ def test_bad_input(tmp_path, tokenizer):
         args(tmp_path, num_generations=3)
     with pytest.raises(ValueError, match="temperature: expected a positive number"):
         args(tmp_path, temperature=0.0)
+    with pytest.raises(ValueError, match="num_iterations: expected"):
+        args(tmp_path, num_iterations=0)
     with pytest.raises(ValueError, match="loss_type: expected one of"):
         args(tmp_path, loss_type="ppo")
     with pytest.raises(ValueError, match="at least the 2 prompts of a step, got 1"):

@@ -27,7 +27,7 @@ class StepSampler(Sampler[list[int]]):
     Args:
         examples: In the data set.
         prompts: Of a step on one process.
-        repeats: Micro batches of a step.
+        repeats: Micro batches that learn from the prompts' completions.
         processes: That train together.
         seed: Of the order, together with the epoch; None goes through in order.
     """
@@ -83,10 +83,10 @@ def micro_batches(
     """Cut a step into parts of equally many completions, each packed behind its prompts.
 
     Returns:
-        For each part ``input_ids`` and ``position_ids`` ``(1, T)``, ``predecessors`` and
-        ``targets`` ``(n,)``: where each completion token is predicted, and the token; ``lengths``
-        of the completions, ``advantages``, ``mask`` and the sampler's ``logprobs`` ``(B, L)``, and
-        the `PackedPrompts` as ``layout``.
+        For each part its ``number``; ``input_ids`` and ``position_ids`` ``(1, T)``;
+        ``predecessors`` and ``targets`` ``(n,)``: where each completion token is predicted, and the
+        token; ``lengths`` of the completions; ``advantages``, ``mask`` and the sampler's
+        ``logprobs`` ``(B, L)``; and the `PackedPrompts` as ``layout``.
     """
     size = len(samples.completions) // parts
     found = []
@@ -104,6 +104,7 @@ def micro_batches(
         )
         found.append(
             {
+                "number": len(found),
                 "input_ids": torch.tensor([[t for p in prompts for t in p] + targets]),
                 "position_ids": layout.position_ids()[None],
                 "predecessors": layout.predecessors(),

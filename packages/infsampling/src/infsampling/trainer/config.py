@@ -29,6 +29,8 @@ class GRPOConfig(TrainingArguments):
         top_k: See `SamplingConfig`.
         min_p: See `SamplingConfig`.
         chat_template_kwargs: Further arguments of the chat template.
+        num_iterations: Optimizer steps that learn from the same completions. A run that is resumed
+            between two of them samples anew.
         beta: Weight of the divergence from the model at the start.
         epsilon: Of the clip.
         epsilon_high: Of the clip above; ``epsilon`` by default.
@@ -58,6 +60,9 @@ class GRPOConfig(TrainingArguments):
     chat_template_kwargs: dict[str, Any] | None = field(
         default=None, metadata={"help": "Further arguments of the chat template."}
     )
+    num_iterations: int = field(
+        default=1, metadata={"help": "Optimizer steps that learn from the same completions."}
+    )
     beta: float = field(default=0.0, metadata={"help": "Weight of the divergence."})
     epsilon: float = field(default=0.2, metadata={"help": "Of the clip."})
     epsilon_high: float | None = field(default=None, metadata={"help": "Of the clip above."})
@@ -86,6 +91,7 @@ class GRPOConfig(TrainingArguments):
         super().__post_init__()
         check_range("num_generations", self.num_generations, 2, 1 << 20, "a group has two or more")
         check_range("max_completion_length", self.max_completion_length, 1, 1 << 24, "see it")
+        check_range("num_iterations", self.num_iterations, 1, 1 << 20, "each learns once or more")
         check_choice("loss_type", self.loss_type, LOSS_TYPES)
         check_choice("scale_rewards", self.scale_rewards, SCALES)
         check_choice("policy", self.policy, POLICIES)

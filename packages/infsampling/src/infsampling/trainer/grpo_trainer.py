@@ -138,6 +138,9 @@ class GRPOTrainer(Trainer):
         )  # fmt: skip
         self.tokenizer: Any = processing_class
         self._metrics: dict[str, list[float]] = defaultdict(list)
+        # of the last rollout: its step, what is learned from, and log-probabilities before any step
+        self._learned: tuple[int, list[Any], Tensor] | None = None
+        self._old_logps: dict[int, Tensor] = {}
 
     # --- data --------------------------------------------------------------------------------
 
@@ -158,7 +161,8 @@ class GRPOTrainer(Trainer):
                 f"of a step, got {len(data)}; repeat them, or take smaller steps"
             )
         sampler = StepSampler(
-            len(data), args.prompts_per_step, args.gradient_accumulation_steps, processes,
+            len(data), args.prompts_per_step,
+            args.gradient_accumulation_steps * args.num_iterations, processes,
             args.seed if args.data_seed is None else args.data_seed,
         )  # fmt: skip
         loader: Any = DataLoader(data, batch_sampler=sampler, collate_fn=list)
@@ -171,7 +175,12 @@ class GRPOTrainer(Trainer):
         rows = [*islice(epoch_iterator, num_batches)]
         if not rows:
             return [], None
-        args = self.grpo
+        args, step = self.grpo, self.state.global_step
+        if self._learned is not None:
+            rolled, batches, total = self._learned
+            if rolled < step and rolled // args.num_iterations == step // args.num_iterations:
+                return batches, total
+            self._learned = None
         samples, rewards, metrics = self._rollout(rows[0], args.num_generations, training=True)
         everybody = self.accelerator.gather(rewards)
         advantages = group_advantages(
@@ -200,6 +209,9 @@ class GRPOTrainer(Trainer):
             with torch.no_grad():
                 for batch in batches:
                     batch["ref_logps"] = self._reference_logprobs(batch)
+        self._old_logps.clear()
+        if args.num_iterations > 1:
+            self._learned = step, batches, total
         return batches, total
 
     def _rollout(
@@ -315,8 +327,11 @@ class GRPOTrainer(Trainer):
         logps, entropies = packed_logprobs(model, self.inner, inputs, args.temperature)
         mask = inputs["mask"]
         items = float(num_items_in_batch)
+        old = self._old_logps.get(inputs["number"])
+        if old is None and args.num_iterations > 1:
+            self._old_logps[inputs["number"]] = logps.detach()
         loss = grpo_loss(
-            logps, None, inputs.get("ref_logps"), inputs["advantages"].to(logps.dtype), mask,
+            logps, old, inputs.get("ref_logps"), inputs["advantages"].to(logps.dtype), mask,
             # nothing counts where all completions were cut
             num_items=items or 1.0, loss_type=args.loss_type, epsilon=args.epsilon,
             epsilon_high=args.epsilon_high, beta=args.beta,
@@ -326,8 +341,15 @@ class GRPOTrainer(Trainer):
             there = torch.zeros_like(mask, dtype=torch.bool)
             for row, length in enumerate(inputs["lengths"]):
                 there[row, :length] = True
-            gap = (logps - inputs["logprobs"].to(logps.dtype))[there].abs().mean()
-            noted = {"entropy": float(entropies[there].mean()), "sampling/logprob_gap": float(gap)}
+            noted = {"entropy": float(entropies[there].mean())}
+            if old is None:
+                gap = (logps - inputs["logprobs"].to(logps.dtype))[there].abs().mean()
+                noted["sampling/logprob_gap"] = float(gap)
+            else:
+                ratio, gain = (logps - old).exp(), inputs["advantages"][:, None]
+                high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+                cut = (ratio < 1 - args.epsilon) & (gain < 0) | (ratio > 1 + high) & (gain > 0)
+                noted["clip_ratio/region_mean"] = float(cut[there].double().mean())
             if args.beta:
                 d = (inputs["ref_logps"] - logps)[there]
                 noted["kl"] = float((d.exp() - d - 1).mean())
