@@ -1,0 +1,36 @@
+"""Families of models, taken apart."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pahq.adapters.gpt2 import GPT2Adapter
+from pahq.adapters.llama import LlamaAdapter
+from pahq.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from pahq.adapters.base import Adapter
+
+ADAPTERS: Mapping[str, type[Adapter]] = {
+    "gpt2": GPT2Adapter,
+    "llama": LlamaAdapter,
+    "mistral": LlamaAdapter,
+    "qwen2": LlamaAdapter,
+    "qwen3": LlamaAdapter,
+}
+
+
+def adapter_of(model: Any) -> Adapter:
+    """Return the adapter of a model's family.
+
+    Raises:
+        UnsupportedModelError: There is none.
+    """
+    family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    if family not in ADAPTERS:
+        raise UnsupportedModelError(
+            f"model: expected one of the families {', '.join(sorted(ADAPTERS))}, got {family!r}"
+        )
+    return ADAPTERS[family](model)

@@ -1,0 +1,84 @@
+"""Llama and its kin: Mistral, Qwen2, Qwen3, SmolLM."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pahq.adapters.base import Adapter, modules_as
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class LlamaAdapter(Adapter):
+    """RMS norms, rotary positions, grouped keys, gated MLPs; biases and head norms if there are."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        config = model.config
+        self.layers = config.num_hidden_layers
+        self.heads = config.num_attention_heads
+        self.key_heads = config.num_key_value_heads
+        self.blocks = model.model.layers
+        self._turns: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Return what enters the residual stream."""
+        return self.model.get_input_embeddings()(ids).to(self.dtype)
+
+    def attention_norm(self, layer: int, x: Tensor) -> Tensor:
+        """Normalise what heads read."""
+        return modules_as(self.dtype, self.blocks[layer].input_layernorm, x)
+
+    def weights(self, layer: int, part: str) -> tuple[Tensor, Tensor | None]:
+        """Return weight and bias of a projection, by heads."""
+        linear = getattr(self.blocks[layer].self_attn, f"{part}_proj")
+        count = self.heads if part == "q" else self.key_heads
+        bias = None if linear.bias is None else linear.bias.detach().view(count, -1)
+        return linear.weight.detach().view(count, -1, linear.in_features), bias
+
+    def output(self, layer: int) -> tuple[Tensor, Tensor | None]:
+        """Return what heads write with."""
+        linear = self.blocks[layer].self_attn.o_proj
+        bias = None if linear.bias is None else linear.bias.detach()
+        weight = linear.weight.detach().view(linear.out_features, self.heads, -1)
+        return weight.transpose(0, 1), bias
+
+    def head_norm(self, layer: int, part: str, x: Tensor) -> Tensor:
+        """Normalise queries or keys, in Qwen3."""
+        norm = getattr(self.blocks[layer].self_attn, f"{part}_norm", None)
+        return x if norm is None else modules_as(self.dtype, norm, x)
+
+    def scale(self, layer: int) -> float:
+        """Return what scores are multiplied by."""
+        return float(self.blocks[layer].self_attn.scaling)
+
+    def window(self, layer: int) -> int | None:
+        """Return how many keys a query sees."""
+        attention = self.blocks[layer].self_attn
+        return getattr(
+            attention, "sliding_window", getattr(attention.config, "sliding_window", None)
+        )
+
+    def rotate(self, layer: int, x: Tensor) -> Tensor:
+        """Turn pairs of halves."""
+        size = x.shape[-2]
+        if size not in self._turns:
+            index = torch.arange(size, device=x.device)[None]
+            cos, sin = self.model.model.rotary_emb(x[:1].reshape(1, -1, x.shape[-1]), index)
+            self._turns[size] = cos[0].to(self.dtype), sin[0].to(self.dtype)
+        cos, sin = self._turns[size]
+        half = x.shape[-1] // 2
+        return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
+
+    def mlp(self, layer: int, x: Tensor) -> Tensor:
+        """Return what an MLP writes."""
+        block = self.blocks[layer]
+        normed = modules_as(self.dtype, block.post_attention_layernorm, x)
+        return modules_as(self.dtype, block.mlp, normed)
+
+    def final_norm(self, x: Tensor) -> Tensor:
+        """Normalise what logits are made of."""
+        return modules_as(self.dtype, self.model.model.norm, x)

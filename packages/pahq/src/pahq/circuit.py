@@ -1,0 +1,109 @@
+"""A set of edges, what is known of each, and how it was found."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from shared_kernels._checks import message
+from shared_kernels.checkpoint import replacing_folder
+from shared_kernels.files import write_text
+
+from pahq.graph import Graph
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch import Tensor
+
+
+@dataclass
+class Circuit:
+    """Some edges of a model.
+
+    Attributes:
+        graph: All edges that there are.
+        present: bool ``(S, R)`` on the CPU, those of the circuit.
+        scores: float32 ``(S, R)``, what an edge's removal added to the metric when it was tried;
+            NaN where none was.
+        provenance: Of what it was found, and how.
+    """
+
+    graph: Graph
+    present: Tensor
+    scores: Tensor
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        shape = (self.graph.senders, self.graph.receivers)
+        for name in ("present", "scores"):
+            found = getattr(self, name)
+            if tuple(found.shape) != shape:
+                raise ValueError(message(name, f"shape {shape}", tuple(found.shape), "see Graph"))
+        self.present, self.scores = self.present.bool().cpu(), self.scores.float().cpu()
+        self.present &= torch.from_numpy(self.graph.full())
+
+    def __len__(self) -> int:
+        return int(self.present.sum())
+
+    def edges(self) -> Iterator[str]:
+        """Return the names of its edges."""
+        for sender, receiver in self.present.nonzero().tolist():
+            yield self.graph.name(sender, receiver)
+
+    @property
+    def density(self) -> float:
+        """Return the share of all edges."""
+        return len(self) / self.graph.edges
+
+    def _with(self, other: Circuit, join: Callable[[Tensor, Tensor], Tensor]) -> Circuit:
+        if self.graph != other.graph:
+            remedy = "circuits of one model, with keys grouped in both or in none"
+            raise ValueError(message("other", remedy, other.graph, "see Graph"))
+        return Circuit(self.graph, join(self.present, other.present), self.scores.clone())
+
+    def __and__(self, other: Circuit) -> Circuit:
+        """Return the edges of both, with the scores of the first."""
+        return self._with(other, lambda a, b: a & b)
+
+    def __or__(self, other: Circuit) -> Circuit:
+        """Return the edges of either, with the scores of the first."""
+        return self._with(other, lambda a, b: a | b)
+
+    def __sub__(self, other: Circuit) -> Circuit:
+        """Return the edges of the first that the second does not have."""
+        return self._with(other, lambda a, b: a & ~b)
+
+    def jaccard(self, other: Circuit) -> float:
+        """Return the share of the edges of either that both have; 1 for two without edges."""
+        either = len(self | other)
+        return len(self & other) / either if either else 1.0
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``circuit.safetensors`` and ``circuit.json`` to a new folder.
+
+        Raises:
+            FileExistsError: There is one that is not empty.
+        """
+        document = {"graph": asdict(self.graph), "provenance": self.provenance}
+        with replacing_folder(folder) as made:
+            tensors = {"present": self.present, "scores": self.scores.contiguous()}
+            save_file(tensors, made / "circuit.safetensors")
+            write_text(made / "circuit.json", json.dumps(document, indent=1) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Circuit:
+        """Read what `save_pretrained` wrote.
+
+        Raises:
+            FileNotFoundError: There is none.
+        """
+        folder = Path(folder)
+        document = json.loads((folder / "circuit.json").read_text())
+        tensors = load_file(folder / "circuit.safetensors")
+        graph = Graph(**document["graph"])
+        return cls(graph, tensors["present"], tensors["scores"], document["provenance"])
