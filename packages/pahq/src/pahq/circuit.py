@@ -60,6 +60,28 @@ class Circuit:
         """Return the share of all edges."""
         return len(self) / self.graph.edges
 
+    def top(self, count: int, *, absolute: bool = True) -> Circuit:
+        """Return the edges with the highest scores, or scores furthest from 0.
+
+        Args:
+            count: How many; among equal scores, those of earlier receivers come last.
+            absolute: Whether a score below 0 counts like one above it.
+
+        Raises:
+            ValueError: Fewer edges than that have a score.
+        """
+        scored = self.present & ~self.scores.isnan()
+        if not 0 <= count <= int(scored.sum()):
+            remedy = "edges without a score have no rank"
+            raise ValueError(message("count", f"at most {int(scored.sum())}", count, remedy))
+        rank = self.scores.abs() if absolute else self.scores
+        rank = torch.where(scored, rank, float("-inf")).T.flatten().flip(0)
+        order = rank.argsort(descending=True, stable=True)[:count]
+        chosen = torch.zeros_like(rank, dtype=torch.bool)
+        chosen[order] = True
+        present = chosen.flip(0).view(self.graph.receivers, -1).T
+        return Circuit(self.graph, present.contiguous(), self.scores.clone(), dict(self.provenance))
+
     def _with(self, other: Circuit, join: Callable[[Tensor, Tensor], Tensor]) -> Circuit:
         if self.graph != other.graph:
             remedy = "circuits of one model, with keys grouped in both or in none"

@@ -10,6 +10,7 @@ from shared_kernels._checks import check_choice, check_range, message
 
 from pahq.acdc import search
 from pahq.adapters import adapter_of
+from pahq.attribution import edge_scores
 from pahq.circuit import Circuit
 from pahq.errors import UnsupportedModelError
 from pahq.forward import Executor
@@ -145,6 +146,39 @@ class CircuitFinder:
             "skipped": found.skipped, "batches": found.batches, "rows": found.rows,
         }  # fmt: skip
         return Circuit(self.graph, state.present, scores, provenance)
+
+    @torch.no_grad()
+    def eap(self, task: Task, *, metric: str = "logit_diff", ig_steps: int = 0) -> Circuit:
+        """Score all edges by gradients: edge attribution patching, or EAP-IG on inputs.
+
+        Args:
+            task: Clean and corrupted inputs.
+            metric: One of `pahq.METRICS`. KL has no gradient at the clean input: it wants steps.
+            ig_steps: Points between corrupted and clean embeddings; 0 for plain EAP, whose cost is
+                two runs and one backward pass; each point is a run and a backward pass more.
+
+        Returns:
+            All edges, with their scores; `Circuit.top` takes some of them.
+
+        Raises:
+            ValueError: Another metric, KL without steps, or fewer than 0 steps.
+        """
+        check_choice("metric", metric, METRICS)
+        check_range("ig_steps", ig_steps, 0, 1 << 20, "0 is plain EAP")
+        if metric == "kl" and not ig_steps:
+            remedy = "at the clean input its gradient is 0"
+            raise ValueError(message("ig_steps", "some steps for kl", ig_steps, remedy))
+        device = self.adapter.device
+        clean, corrupted = (self.executor.plain(ids.to(device))
+                            for ids in (task.clean, task.corrupted))  # fmt: skip
+        measure = Metric(metric, self.adapter, task, clean.final)
+        scores = edge_scores(self.executor, clean, corrupted, measure, steps=ig_steps)
+        provenance = {
+            "method": "eap-ig" if ig_steps else "eap", "ig_steps": ig_steps, "metric": metric,
+            "model": type(self.model).__name__, "task": task.meta.get("name"),
+            "task_fingerprint": task.fingerprint,
+        }  # fmt: skip
+        return Circuit(self.graph, torch.from_numpy(self.graph.full()), scores, provenance)
 
     @torch.no_grad()
     def evaluate(

@@ -59,7 +59,7 @@ class Executor:
     def __init__(self, adapter: Adapter, graph: Graph) -> None:
         self.adapter, self.graph = adapter, graph
 
-    def _heads(self, layer: int, heads: Sequence[int], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def outputs(self, layer: int, heads: Sequence[int], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Return outputs of some heads from their queries, keys and values ``(n, ..., T, d)``."""
         return self.adapter.write(layer, heads, self.adapter.attend(layer, q, k, v))
 
@@ -90,7 +90,7 @@ class Executor:
             parts[1:] = (
                 p.repeat_interleave(graph.heads // adapter.key_heads, 0) for p in parts[1:]
             )
-            found = self._heads(layer, every, *parts)
+            found = self.outputs(layer, every, *parts)
             first = graph.head(layer, 0)
             senders[first : first + graph.heads] = found
             after = x + found.sum(0)
@@ -172,7 +172,7 @@ class State:
             parts[part] = executor.own(layer, part, range(count), self.inputs[columns])
         k, v = (parts[part].repeat_interleave(graph.group, 0) for part in "kv")
         first = graph.head(layer, 0)
-        self.senders[first : first + graph.heads] = executor._heads(
+        self.senders[first : first + graph.heads] = executor.outputs(
             layer, range(graph.heads), parts["q"], k, v
         )
 
@@ -279,7 +279,7 @@ class State:
             taken.append(
                 torch.stack([now.get(j, base[j].expand(rows, *base[j].shape)) for j in places])
             )
-        out = executor._heads(layer, heads, *taken)
+        out = executor.outputs(layer, heads, *taken)
         for head, value in zip(heads, out, strict=True):
             sender = graph.head(layer, head)
             made.senders[sender] = value - self.senders[sender]

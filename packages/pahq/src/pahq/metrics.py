@@ -54,7 +54,6 @@ class Metric:
         self.clean_logits = self.adapter.logits(clean)
         self.law = self.clean_logits.softmax(-1)
 
-    @torch.no_grad()
     def __call__(self, final: Tensor) -> Tensor:
         """Return the metric ``(M,)`` of final states ``(M, N, T, D)``."""
         x = final[:, self.rows, self.at]
