@@ -74,8 +74,8 @@ class PahqStep:
 
         return StepResult(
             headline=(
-                f"{size} of {finder.graph.edges:,} edges recover {recovered['ACDC']:.0%} of what "
-                f"the model knows; {tested:,} removals decided in {batches} batches"
+                f"{size} of {finder.graph.edges:,} edges recover {recovered['ACDC']:.0%} of the "
+                f"KL divergence on other sentences; {tested:,} removals in {batches} batches"
             ),
             text=(
                 "In sentences like “When Anna and Tom went to the store, Tom gave a drink to”, "

@@ -73,45 +73,44 @@ def search(
 
     graph = state.executor.graph
     found = Search(float(metric(state.final[None])[0]))
-    bar = tqdm(total=graph.edges, desc="acdc", unit="edge", disable=not progress)
-    for receiver in graph.order():
-        live, receivers = state.live()
-        candidates = [s for s in graph.candidates(receiver) if bool(state.present[s, receiver])]
-        if not bool(receivers[receiver]):
-            state.present[:, receiver] = False
-            state.inputs[receiver] = state.corrupted.read(graph, receiver)
-            found.skipped += len(candidates)
-            bar.update(len(candidates))
-            continue
-        while candidates:
-            batch = candidates[:rows]
-            delta = (state.corrupted.senders[batch] - state.senders[batch]).cumsum(0)
-            made = state.change(receiver, delta, live)
-            final = made.inputs.get(graph.logits)
-            after = [found.value] * len(batch)
-            if final is not None:
-                after = metric(state.final + final).tolist()
-            found.batches += 1
-            found.rows += len(batch)
-            gone = 0
-            for sender, value in zip(batch, after, strict=True):
-                effect = value - found.value
-                if not math.isfinite(value):
-                    raise FloatingPointError(
-                        f"metric: {value} without edge {graph.name(sender, receiver)}"
-                    )
-                found.effects[sender, receiver] = effect
-                found.tested += 1
-                if (abs(effect) if absolute else effect) >= threshold:
-                    found.kept += 1
-                    break
-                found.value = value
-                gone += 1
-            if gone:
-                state.take(made, gone - 1)
-                state.present[batch[:gone], receiver] = False
-            candidates = candidates[gone + (gone < len(batch)) :]
-            bar.update(gone + (gone < len(batch)))
-            bar.set_postfix(kept=found.kept, metric=f"{found.value:.4f}", refresh=False)
-    bar.close()
+    with tqdm(total=graph.edges, desc="acdc", unit="edge", disable=not progress) as bar:
+        for receiver in graph.order():
+            live, receivers = state.live()
+            candidates = [s for s in graph.candidates(receiver) if bool(state.present[s, receiver])]
+            if not bool(receivers[receiver]):
+                state.present[:, receiver] = False
+                state.inputs[receiver] = state.corrupted.read(graph, receiver)
+                found.skipped += len(candidates)
+                bar.update(len(candidates))
+                continue
+            while candidates:
+                batch = candidates[:rows]
+                delta = (state.corrupted.senders[batch] - state.senders[batch]).cumsum(0)
+                made = state.change(receiver, delta, live)
+                final = made.inputs.get(graph.logits)
+                after = [found.value] * len(batch)
+                if final is not None:
+                    after = metric(state.final + final).tolist()
+                found.batches += 1
+                found.rows += len(batch)
+                gone = 0
+                for sender, value in zip(batch, after, strict=True):
+                    effect = value - found.value
+                    if not math.isfinite(value):
+                        raise FloatingPointError(
+                            f"metric: {value} without edge {graph.name(sender, receiver)}"
+                        )
+                    found.effects[sender, receiver] = effect
+                    found.tested += 1
+                    if (abs(effect) if absolute else effect) >= threshold:
+                        found.kept += 1
+                        break
+                    found.value = value
+                    gone += 1
+                if gone:
+                    state.take(made, gone - 1)
+                    state.present[batch[:gone], receiver] = False
+                candidates = candidates[gone + (gone < len(batch)) :]
+                bar.update(gone + (gone < len(batch)))
+                bar.set_postfix(kept=found.kept, metric=f"{found.value:.4f}", refresh=False)
     return found

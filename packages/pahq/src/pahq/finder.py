@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from shared_kernels._checks import check_choice, check_range, message
+from torch import nn
 
 from pahq.acdc import search
 from pahq.adapters import adapter_of
@@ -38,13 +39,17 @@ class CircuitFinder:
         check: Whether to compare with the model's own logits first.
 
     Raises:
-        UnsupportedModelError: Another family, a model in training mode with dropout, or one whose
-            logits are not reproduced.
+        UnsupportedModelError: Another family, a model whose dropout is on, or one whose logits are
+            not reproduced.
     """
 
     def __init__(self, model: Any, *, kv: str = "grouped", check: bool = True) -> None:
         check_choice("kv", kv, ("grouped", "per_query_head"))
         self.model, self.adapter = model, adapter_of(model)
+        if any(isinstance(m, nn.Dropout) and m.training and m.p for m in model.modules()):
+            raise UnsupportedModelError(
+                "model: its dropout is on, and no two runs would be the same; call model.eval()"
+            )
         heads = self.adapter.heads
         self.graph = Graph(
             self.adapter.layers, heads, self.adapter.key_heads if kv == "grouped" else heads,
@@ -89,8 +94,15 @@ class CircuitFinder:
             circuit: All other edges carry what they carry on the corrupted ids.
             clean: int64 ``(N, T)``.
             corrupted: int64 ``(N, T)``.
+
+        Raises:
+            ValueError: Ids of different shape, or a circuit of another model.
         """
         self._same(circuit)
+        if clean.ndim != 2 or clean.shape != corrupted.shape:
+            remedy = "clean and corrupted prompts must have as many tokens, one by one"
+            shape = tuple(corrupted.shape)
+            raise ValueError(message("corrupted", f"shape {tuple(clean.shape)}", shape, remedy))
         device = self.adapter.device
         base = self.executor.plain(corrupted.to(device))
         state = self.executor.run(circuit.present.to(device), clean.to(device), base)

@@ -40,8 +40,9 @@ def worth_probing(predictions: np.ndarray, slots: int, probe: int) -> bool:
 class Ranking:
     """Ranks samples by what remains of them, or by what they have had.
 
-    - ``lrpt``: the longest remaining prediction first. With right predictions, and ranked at every
-      step, it takes as few steps as there can be (McNaughton, 1959; Muntz and Coffman, 1969).
+    - ``lrpt``: the longest remaining prediction first. With right predictions, ranked at every step
+      and without a limit, it takes as few steps as there can be (McNaughton, 1959; Muntz and
+      Coffman, 1969).
     - ``turns``: who had fewer turns first. It needs no predictions: samples that end early do so
       early, and the long ones run side by side at the end.
     - ``lpt``: all have ``probe`` steps; then the longest remaining prediction first, once and for
@@ -52,7 +53,8 @@ class Ranking:
         predictions: float ``(G,)``, expected steps.
         turn: Steps of a turn.
         limit: Running samples are taken out once no more than this many times as many are left as
-            there are slots. While more are left, no slot is idle anyway, and swaps gain little.
+            there are slots. While more are left no slot is idle; swaps would spare a few steps
+            more, for many times as many copies.
         probe: Steps that all samples have first, for ``lpt``; it ends when the host looks next.
         remaining: Of a sample and its steps so far, the steps it is believed to need yet.
         refresh: Called before samples are ranked by what remains.

@@ -139,7 +139,9 @@ class Adapter(abc.ABC):
 
     def logits(self, x: Tensor) -> Tensor:
         """Return logits of the residual stream's last states."""
-        return self.head.logits(self.final_norm(x).to(self.head.module.weight.dtype)).to(self.dtype)
+        logits = modules_as(self.dtype, self.head.module, self.final_norm(x)) * self.head.scale
+        cap = self.head.softcap
+        return logits if cap is None else cap * (logits / cap).tanh()
 
 
 def modules_as(dtype: torch.dtype, module: Any, x: Tensor) -> Tensor:

@@ -94,8 +94,8 @@ def from_pairs(
 ) -> Task:
     """Make a task of texts.
 
-    An answer's token is the first one in which the prompt with the answer and the prompt with the
-    wrong answer differ from the prompt; it must follow the prompt's last token.
+    What counts of an answer is its first token behind the prompt. Answer and wrong answer must
+    differ in it: where they share a beginning, put that into the prompt.
 
     Args:
         tokenizer: The model's.
@@ -113,7 +113,7 @@ def from_pairs(
         lists["wrong_answers"] = wrong_answers
     for title, texts in lists.items():
         if len(texts) != len(clean):
-            raise ValueError(message(title, f"{len(clean)} texts, one a prompt", len(texts), ""))
+            raise ValueError(message(title, f"{len(clean)} texts", len(texts), "give one a prompt"))
     rows = [_encode(tokenizer, text) for text in clean]
     others = [_encode(tokenizer, text) for text in corrupted]
     for number, (a, b) in enumerate(zip(rows, others, strict=True)):
