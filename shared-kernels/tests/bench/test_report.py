@@ -142,6 +142,11 @@ def test_table(result):
     assert len({line.count("|") for line in lines[:5]}) == 1
 
 
+def test_a_bar_in_a_name_is_no_column(result):
+    result["workloads"][0]["arms"][1]["name"] = "paged|sdpa"
+    assert "|  | paged\\|sdpa | 10 µs |" in markdown_table(result)
+
+
 def test_the_caption_tells_of_a_busy_machine(result):
     assert "BUSY" not in caption(result)
     result["provenance"]["load_average"][0] = 4.25

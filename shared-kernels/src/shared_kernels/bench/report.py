@@ -144,7 +144,9 @@ def markdown_table(result: Result) -> str:
     for workload in result["workloads"]:
         for index, arm in enumerate(workload["arms"]):
             name = f"`{workload['name']}`" if index == 0 else ""
-            lines.append(f"| {name} | {arm['name']} | " + " | ".join(_cells(arm, workload)) + " |")
+            cells = [name, arm["name"], *_cells(arm, workload)]
+            # a bar in a name would be a column's end
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join([*lines, "", caption(result)])
 
 
