@@ -75,12 +75,14 @@ def plan(
         outline, config, [prompt_len] * prompts, [group] * prompts, mean_length=mean_len
     )
     if json_output:
-        return print_json({"name": model, **asdict(found), "total": found.total})
+        rounds = {"rounds": len(found.rounds)}
+        return print_json({"name": model, **asdict(found), **rounds, "total": found.total})
     print_table(
         [
             ("slots", f"{found.slots:,} for {group * prompts:,} completions"),
             ("slots, keys and values and logits", format_bytes(found.slots * found.slot)),
-            ("prompts, each once", format_bytes(found.prefixes)),
+            ("rounds, of prompts that fit together", f"{len(found.rounds):,}"),
+            ("prompts of a round, each once", format_bytes(found.prefixes)),
             ("tokens and log-probabilities", format_bytes(found.outputs)),
             ("together", format_bytes(found.total)),
             ("a full group with a prompt each", format_bytes(found.full_group)),

@@ -66,7 +66,8 @@ class SamplingConfig:
         park_limit: Samples are taken out of slots once no more than this many times as many are
             left as there are slots; before that, a slot is given away when its sample ends.
         memory_budget: For keys, values and work space: bytes, or a share of what is free; by
-            default 0.9 of it.
+            default 0.9 of it. Prompts that do not fit into it beside slots are sampled in rounds.
+        max_resident_prompts: Prompts that are held at once; by default what fits.
         sync_every: Steps between two looks of the host at the device.
         rerank_every: Steps between two rankings of running and waiting samples, for policies that
             park; a multiple of ``sync_every``.
@@ -90,6 +91,7 @@ class SamplingConfig:
     turn: int = 64
     park_limit: float = 2.0
     memory_budget: float | None = None
+    max_resident_prompts: int | None = None
     sync_every: int = 16
     rerank_every: int = 64
     prefill_chunk: int = 2048
@@ -109,6 +111,8 @@ class SamplingConfig:
             if not low <= value <= high or (name == "top_p" and value == 0):
                 remedy = "see SamplingConfig"
                 raise ValueError(message(name, f"a number from {low} to {high}", value, remedy))
+        if self.max_resident_prompts is not None:
+            check_range("max_resident_prompts", self.max_resident_prompts, 1, 1 << 31, "or None")
         check_range("top_k", self.top_k, 0, 1 << 31, "0 draws from all tokens")
         check_choice("logprobs", self.logprobs, ("full", "filtered"))
         check_choice("policy", self.policy, POLICIES)

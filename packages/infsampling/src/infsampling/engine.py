@@ -135,6 +135,12 @@ class Engine:
         self._watcher = self.watch_error = None
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of keys, values and outputs."""
+        outputs = self.state.tokens.nbytes + self.state.logprobs.nbytes
+        return self.cache.nbytes + self.store.nbytes + outputs
+
+    @property
     def _watching(self) -> bool:
         return self._watcher is not None
 

@@ -87,8 +87,9 @@ def sample_to_file(
     """
     ids = [encode(tokenizer, prompt) for prompt in prompts]
     # slots and policy change no token
-    free = ("max_slots", "policy", "turn", "park_limit", "memory_budget", "sync_every",
-            "rerank_every", "prefill_chunk", "compile", "cuda_graph")  # fmt: skip
+    free = ("max_slots", "policy", "turn", "park_limit", "memory_budget",
+            "max_resident_prompts", "sync_every", "rerank_every", "prefill_chunk", "compile",
+            "cuda_graph")  # fmt: skip
     settings = {k: v for k, v in asdict(config).items() if k not in free}
     settings |= {"model": name, "group": group, "prompts": ids}
     beside = out.with_name(out.name + ".settings.json")

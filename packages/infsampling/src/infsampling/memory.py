@@ -32,11 +32,12 @@ class MemoryPlan:
         slots: Samples decoded at once.
         weights: Of the model, which is there already.
         kv_per_token: Keys and values of one token, all layers.
-        prefixes: Keys and values of the unique prompts.
+        prefixes: Keys and values of the unique prompts of a round.
         slot: Keys and values of one slot, and its logits.
-        outputs: Tokens and log-probabilities of all samples.
-        budget: That prefixes, slots and outputs may take; None where ``slots`` were given.
+        outputs: Tokens and log-probabilities of the samples of a round.
+        budget: That prefixes, slots and outputs may take.
         full_group: What keys and values of all samples, each with its own prompt, would take.
+        rounds: The unique prompts that are held at once, of each round.
     """
 
     slots: int
@@ -45,8 +46,9 @@ class MemoryPlan:
     prefixes: int
     slot: int
     outputs: int
-    budget: int | None
+    budget: int
     full_group: int
+    rounds: list[range]
 
     @property
     def total(self) -> int:
@@ -55,11 +57,12 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         """Return a line to read."""
+        rounds = f"; {len(self.rounds)} rounds" if len(self.rounds) > 1 else ""
         return (
             f"{self.slots} slots of {format_bytes(self.slot)}, prompts "
             f"{format_bytes(self.prefixes)}, outputs {format_bytes(self.outputs)}: "
             f"{format_bytes(self.total)} on top of {format_bytes(self.weights)} of weights; a full "
-            f"group would take {format_bytes(self.full_group)}"
+            f"group would take {format_bytes(self.full_group)}{rounds}"
         )
 
 
@@ -90,56 +93,97 @@ def make_plan(
     *,
     mean_length: float | None = None,
     last: int | None = None,
+    held: int = 0,
 ) -> MemoryPlan:
     """Plan a call.
 
     A step reads the weights once, whatever the slots, and the keys and values of each: with few
     slots there are many steps, with many a step takes longer. Of the slots that fit, the fewest are
     taken that are within 2 % of the best modelled time; or those of the last call, for which the
-    step is compiled, if they are within 15 %.
+    step is compiled, if they are within 15 %. Prompts and the outputs of their samples may take
+    what those slots leave, or half of the budget (a quarter beside slots that were given); if they
+    would take more, there are rounds.
 
     Args:
         model: Whose weights and geometry count.
-        config: With ``max_slots`` given, no planning is done.
+        config: With ``max_slots`` given, only rounds are planned.
         prompt_lengths: Tokens of each unique prompt.
         counts: Samples of each.
         mean_length: Expected tokens of a sample; half of ``max_new_tokens`` by default.
         last: Slots of the last call.
+        held: Bytes of buffers that are there from the last call, and used again or freed.
 
     Raises:
-        MemoryError: Not even one slot fits into the budget.
+        MemoryError: Not even one slot fits into the budget beside one prompt.
     """
     per_token, samples = kv_bytes(model), int(sum(counts))
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     vocabulary = model.get_output_embeddings().weight.shape[0]
     slot = config.max_new_tokens * per_token + vocabulary * _LOGITS_BYTES
-    prefixes = int(sum(prompt_lengths)) * per_token
-    outputs = samples * config.max_new_tokens * 8
+    prefixes = [length * per_token for length in prompt_lengths]
+    outputs = [count * config.max_new_tokens * 8 for count in counts]
     full = sum(n * (p + config.max_new_tokens) for n, p in zip(counts, prompt_lengths, strict=True))
-    wanted = max(1, samples)
-    budget = None
+    budget = _budget(config, next(model.parameters()).device, held)
     if config.max_slots == "auto":
-        budget = _budget(config, next(model.parameters()).device)
-        fits = (budget - prefixes - outputs) // slot
+        expected = min(mean_length or config.max_new_tokens / 2, config.max_new_tokens)
+        wanted = _fastest(
+            samples, config.max_new_tokens, expected, weights, sum(prefixes), per_token, last
+        )
+    else:
+        wanted = config.max_slots
+    wanted = min(wanted, max(1, samples))
+    share = min(budget // 2, budget - slot) if config.max_slots == "auto" else budget // 4
+    room = max(budget - wanted * slot, share)
+    loads = [a + b for a, b in zip(prefixes, outputs, strict=True)]
+    rounds = rounds_of(loads, max(1, room), config.max_resident_prompts)
+    heaviest = max(rounds, key=lambda numbers: sum(loads[i] for i in numbers))
+    prompts, texts = (sum(sizes[i] for i in heaviest) for sizes in (prefixes, outputs))
+    wanted = min(wanted, max(1, *(sum(counts[i] for i in numbers) for numbers in rounds)))
+    if config.max_slots == "auto":
+        fits = (budget - prompts - texts) // slot
         if fits < 1:
             raise MemoryError(
-                f"memory_budget: {format_bytes(budget)} hold {format_bytes(prefixes)} of prompts, "
-                f"{format_bytes(outputs)} of outputs and no slot of {format_bytes(slot)}; lower "
-                "max_new_tokens, sample fewer prompts at a time, or free memory"
+                f"memory_budget: {format_bytes(budget)} hold {format_bytes(prompts)} of one "
+                f"prompt, {format_bytes(texts)} of outputs and no slot of {format_bytes(slot)}; "
+                "lower max_new_tokens, sample fewer completions at a time, or free memory"
             )
-        expected = min(mean_length or config.max_new_tokens / 2, config.max_new_tokens)
-        best = _fastest(
-            samples, config.max_new_tokens, expected, weights, prefixes, per_token, last
-        )
-        wanted = min(wanted, best, fits)
-    else:
-        wanted = min(wanted, config.max_slots)
-    return MemoryPlan(wanted, weights, per_token, prefixes, slot, outputs, budget, full * per_token)
+        wanted = min(wanted, fits)
+    return MemoryPlan(
+        wanted, weights, per_token, prompts, slot, texts, budget, full * per_token, rounds
+    )
 
 
-def _budget(config: SamplingConfig, device: torch.device) -> int:
+def rounds_of(loads: Sequence[int], room: int, most: int | None) -> list[range]:
+    """Cut prompts into rounds of similar loads, as few as can be, in their order.
+
+    Args:
+        loads: Bytes of each prompt.
+        room: Bytes of a round; a prompt with more has one for itself.
+        most: Prompts of a round.
+    """
+    # both limits as one: a round is full when its shares come to 1
+    shares = [max(load / room, 0.0 if most is None else 1 / most) for load in loads]
+
+    def cut(limit: float) -> list[range]:
+        found, begin, total = [], 0, 0.0
+        for number, share in enumerate(shares):
+            if number > begin and total + share > limit + 1e-9:
+                found.append(range(begin, number))
+                begin, total = number, 0.0
+            total += share
+        return [*found, range(begin, len(shares))]
+
+    fewest = cut(1.0)
+    low, high = sum(shares) / len(fewest), 1.0
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (low, middle) if len(cut(middle)) <= len(fewest) else (middle, high)
+    return cut(high)
+
+
+def _budget(config: SamplingConfig, device: torch.device, held: int) -> int:
     share = 0.9 if config.memory_budget is None else config.memory_budget
-    return int(available(device) * share) if share <= 1 else int(share)
+    return int((available(device) + held) * share) if share <= 1 else int(share)
 
 
 def _fastest(

@@ -1,4 +1,4 @@
-"""One call of the sampler: what is asked for, the loop, and what comes of it."""
+"""Prompts that are held together: the loop over their samples, and what comes of it."""
 
 from __future__ import annotations
 
@@ -12,21 +12,20 @@ import numpy as np
 import torch
 from shared_kernels.ops.sampling import fields as f
 
-from infsampling import support
 from infsampling.engine import Engine, Sizes
 from infsampling.errors import SamplingWarning
 from infsampling.keys import prompt_uid, sample_keys
 from infsampling.length_prediction import ProgressivePredictor, PromptState, chosen_policy
-from infsampling.output import FINISH_REASONS, Completion, SamplingOutput, SamplingStats
-from infsampling.request import Request, counts_of
+from infsampling.output import FINISH_REASONS, Completion, SamplingStats
 from infsampling.scheduling import bounds, parking, policies
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Sequence
+    from collections.abc import Generator
 
     from torch import Tensor
 
     from infsampling.cache import Parked
+    from infsampling.request import Request
     from infsampling.sampler import InfiniteSampler
 
 _LOG = logging.getLogger(__name__)
@@ -35,34 +34,22 @@ PROBE_TOKENS = 16
 
 
 class Run:
-    """One call."""
+    """Prompts that are held together, and all their samples.
+
+    Args:
+        sampler: Whose model and settings.
+        request: What to sample.
+        step: Of the training.
+        eos: Tokens that end a sample.
+        slots: Samples decoded at once.
+    """
 
     def __init__(
-        self,
-        sampler: InfiniteSampler,
-        prompt_ids: Sequence[Sequence[int]],
-        num_generations: int | Sequence[int],
-        step: int,
-        sample_ids: Sequence[int] | None,
-        forced: Sequence[int] | None,
+        self, sampler: InfiniteSampler, request: Request, step: int, eos: list[int], slots: int
     ) -> None:
         self.sampler, self.config, self.step = sampler, sampler.config, step
-        counts = counts_of(num_generations, len(prompt_ids))
-        vocabulary = sampler.model.get_input_embeddings().weight.shape[0]
-        for number, ids in enumerate(prompt_ids):
-            if not len(ids):
-                raise ValueError(f"prompt_ids: prompt {number} has no token; begin it with a BOS")
-            if min(ids) < 0 or max(ids) >= vocabulary:
-                raise ValueError(
-                    f"prompt_ids: prompt {number} has token {max(ids)} (least {min(ids)}), and the "
-                    f"model knows 0 to {vocabulary - 1}; is the tokenizer the model's?"
-                )
-        most = self.config.max_new_tokens
-        longest = max(map(len, prompt_ids), default=0)
-        support.check_length(sampler.model, longest, most, self.config.max_prompt_tokens)
-        self.request = Request(prompt_ids, counts, sample_ids, forced, most)
-        self.eos = [] if forced is not None else sampler.eos_token_ids()
-        self.rows = len(self.request.unique)
+        self.request, self.eos, self.slots = request, eos, slots
+        self.rows = len(request.unique)
         self.policy = chosen_policy(self.config.policy, sampler.length_predictor)
         self.order: list[int] = []
         self.failed = False
@@ -72,9 +59,8 @@ class Run:
 
     def go(self) -> Generator[list[int]]:
         """Sample, and yield the rows that have ended whenever the host looks."""
-        request, sampler = self.request, self.sampler
-        lengths = [len(ids) for ids in request.prompts]
-        self.slots = max(1, sampler.plan(lengths, [len(rows) for rows in request.rows_of]).slots)
+        sampler = self.sampler
+        lengths = [len(ids) for ids in self.request.prompts]
         self._reset()
         if not self.rows:
             return
@@ -93,7 +79,7 @@ class Run:
                     if again or self.config.max_slots != "auto" or self.slots == 1:
                         raise MemoryError(
                             f"{self.slots} slots do not fit beside what else is in memory; lower "
-                            "max_slots or max_new_tokens, sample fewer prompts at a time, or free "
+                            "max_slots, max_new_tokens or max_resident_prompts, or free "
                             "memory; where much is reserved and little allocated, "
                             "PYTORCH_ALLOC_CONF=expandable_segments:True helps"
                         ) from error
@@ -113,7 +99,7 @@ class Run:
     def _fewer_slots(self) -> None:
         """Take half of the slots, and free what the others took."""
         slots = max(1, self.slots // 2)
-        _LOG.warning("out of memory with %d slots: all begins again with %d", self.slots, slots)
+        _LOG.warning("out of memory with %d slots: begins again with %d", self.slots, slots)
         self.slots = slots
         vars(self).pop("engine", None)
         self.sampler.close()
@@ -294,11 +280,6 @@ class Run:
 
     # --- what comes of it ------------------------------------------------------------------------
 
-    def completions(self) -> Generator[Completion]:
-        """Yield completions as they end."""
-        for ended in self.go():
-            yield from self.fetch(ended)
-
     def fetch(self, rows: list[int]) -> list[Completion]:
         """Bring samples that have ended to the host."""
         state, request = self.engine.state, self.request
@@ -315,13 +296,12 @@ class Run:
             for i, row in enumerate(rows)
         ]  # fmt: skip
 
-    def output(self) -> SamplingOutput:
-        """Return all samples in the order in which they were asked for."""
-        found = self.fetch(list(range(self.rows))) if self.rows else []
+    def stats(self) -> SamplingStats:
+        """Return how it went."""
         steps = [max(0, count - 1) for count in self.counts]
         bound = bounds.preemptive_bound if self.swaps else bounds.lower_bound
         decoded = self.totals[f.STEPS]
-        stats = SamplingStats(
+        return SamplingStats(
             policy=self.policy,
             decode_steps=decoded,
             lower_bound=bound(steps, self.slots),
@@ -340,14 +320,6 @@ class Run:
             graph_captures=self.captures,
             prefill_seconds=self.prefill_seconds,
             decode_seconds=self.decode_seconds,
-        )
-        return SamplingOutput(
-            [completion.ids.tolist() for completion in found],
-            [completion.logprobs.tolist() for completion in found],
-            [completion.finish_reason for completion in found],
-            [completion.prompt_index for completion in found],
-            [completion.sample_index for completion in found],
-            stats,
         )
 
     def _warn(self) -> None:

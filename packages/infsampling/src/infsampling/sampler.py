@@ -10,11 +10,11 @@ from shared_kernels.models import attention_of, configs_of
 
 from infsampling import memory, support
 from infsampling.attention import NAME
+from infsampling.call import Call
 from infsampling.config import SamplingConfig
 from infsampling.engine import Engine, Forward, Sizes, fingerprint
 from infsampling.fusion import FusedProjections
 from infsampling.request import counts_of
-from infsampling.run import Run
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence
@@ -27,9 +27,10 @@ class InfiniteSampler:
     """Samples completions of prompts in slots that never stand empty while a sample waits.
 
     A prompt's keys and values are computed and held once, whatever the number of its samples; the
-    memory is set by the slots. A sample's tokens are a function of the weights, the prompt, the
-    seed, the step and the sample's number: other prompts, the order, the predictor and where it was
-    decoded change nothing, bit for bit, as long as slots, device, dtype and versions stay.
+    memory is set by the slots. Prompts that do not fit together are sampled in rounds. A sample's
+    tokens are a function of the weights, the prompt, the seed, the step and the sample's number:
+    other prompts, the order, the predictor and where it was decoded change nothing, bit for bit, as
+    long as slots, device, dtype and versions stay.
 
     Args:
         model: A causal language model of transformers that lets its attention be chosen, in any
@@ -76,12 +77,12 @@ class InfiniteSampler:
             num_generations: Samples of each, or of all alike.
 
         Raises:
-            MemoryError: Not even one slot fits.
+            MemoryError: Not even one slot fits beside one prompt.
         """
         counts = counts_of(num_generations, len(prompt_lengths))
         return memory.make_plan(
             self.model, self.config, prompt_lengths, counts, mean_length=self.mean_length,
-            last=self.last_slots,
+            last=self.last_slots, held=0 if self._engine is None else self._engine.nbytes,
         )  # fmt: skip
 
     def generate(
@@ -107,13 +108,11 @@ class InfiniteSampler:
         Raises:
             ValueError: Prompts without tokens or beyond the model's positions, or numbers that do
                 not fit together.
-            MemoryError: Not even one slot fits; or the slots did not, of planned ones not even half
-                of them.
+            MemoryError: Not even one slot fits beside one prompt; or the slots did not, of planned
+                ones not even half of them.
         """
-        run = Run(self, prompt_ids, num_generations, step, sample_ids, forced_lengths)
-        for _ in run.go():
-            pass
-        return run.output()
+        call = Call(self, prompt_ids, num_generations, step, sample_ids, forced_lengths)
+        return call.output()
 
     def stream(
         self,
@@ -128,8 +127,8 @@ class InfiniteSampler:
 
         Arguments and errors as in `generate`.
         """
-        run = Run(self, prompt_ids, num_generations, step, sample_ids, forced_lengths)
-        return run.completions()
+        call = Call(self, prompt_ids, num_generations, step, sample_ids, forced_lengths)
+        return call.completions()
 
     def refresh(self) -> None:
         """Forget everything that was made for the model as it was.

@@ -30,7 +30,7 @@ __all__ = ["RolloutFunction", "SamplingConfig", "make_rollout_func"]
 #: What decides the samples comes from the trainer, all else from the configuration.
 _OURS = {
     "max_slots", "max_prompt_tokens", "logprobs", "policy", "turn", "park_limit", "memory_budget",
-    "sync_every", "rerank_every", "prefill_chunk", "compile", "cuda_graph",
+    "max_resident_prompts", "sync_every", "rerank_every", "prefill_chunk", "compile", "cuda_graph",
 }  # fmt: skip
 
 
