@@ -1,49 +1,22 @@
 """Patched runs by their definition, and ACDC against the sequential algorithm."""
 
 import copy
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from pahq import Circuit, CircuitFinder, Graph, Task, UnsupportedModelError
-from pahq.acdc import search
+from pahq.acdc import Acdc
 from pahq.metrics import Metric
 from shared_kernels.testing.models import tiny_model
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+sys.path.insert(0, str(Path(__file__).parent))
+from patching_cases import circuit_of, lively, logits, pairs
+
 FAMILIES = ["llama", "qwen3", "mistral", "gpt2"]
-
-
-def lively(name, layers=2):
-    """A model whose heads and MLPs matter, in float64."""
-    torch.manual_seed(0)
-    model = tiny_model(name) if name == "gpt2" else tiny_model(name, num_hidden_layers=layers)
-    if name == "gpt2":
-        model.transformer.h = model.transformer.h[:layers]
-        model.config.n_layer = layers
-    with torch.no_grad():
-        for key, p in model.named_parameters():
-            if p.ndim == 1:
-                p.add_(0.1 * torch.randn_like(p))
-            elif "emb" not in key and "wte" not in key and "wpe" not in key:
-                p.mul_(4)
-    return model.double().eval()
-
-
-def pairs(n=3, size=12, seed=0):
-    draws = torch.Generator().manual_seed(seed)
-    clean, corrupted = torch.randint(3, 96, (2, n, size), generator=draws)
-    positions = torch.randint(size // 2, size, (n,), generator=draws)
-    return Task(clean, corrupted, positions, torch.arange(5, 5 + n), torch.arange(20, 20 + n))
-
-
-def logits(model, ids):
-    with torch.no_grad():
-        return model(input_ids=ids, use_cache=False).logits
-
-
-def circuit_of(graph, present):
-    return Circuit(graph, present, torch.full(present.shape, float("nan")))
 
 
 @pytest.mark.parametrize("kv", ["grouped", "per_query_head"])
@@ -196,7 +169,12 @@ def test_the_state_afterwards_is_a_run_of_the_circuit():
     measure = Metric("kl", finder.adapter, task, finder.executor.plain(task.clean).final)
     full = torch.from_numpy(finder.graph.full())
     state = finder.executor.run(full, task.clean, base)
-    found = search(state, measure, 2e-2, rows=8)
+    search = Acdc(state, measure, 2e-2, rows=8)
+    # without what is computed anew at the end of a layer
+    state.compute = lambda first: None
+    for layer in reversed(range(finder.graph.layers + 1)):
+        search.layer(layer)
+    found = search.found
     again = finder.executor.run(state.present, task.clean, base)
     torch.testing.assert_close(state.final, again.final, rtol=0, atol=1e-11)
     torch.testing.assert_close(state.inputs, again.inputs, rtol=0, atol=1e-11)

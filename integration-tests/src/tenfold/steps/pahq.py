@@ -18,7 +18,7 @@ class PahqStep:
     def run(self, context: Context) -> StepResult:
         """Search, compare with scores by gradients and with chance."""
         import torch
-        from pahq import Circuit, CircuitFinder, tasks
+        from pahq import Circuit, CircuitFinder, drawing, tasks
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         from tenfold.assets import smollm2
@@ -104,6 +104,9 @@ class PahqStep:
                 )),
             ),
             plots=(
+                Plot("The circuit", drawing.to_svg(found),
+                     "Edges into queries, keys and values in three colours, their width by what "
+                     "their removal adds."),
                 Plot("What circuits of one size recover", plots.svg(draw, title="Recovered"),
                      "ACDC chose these edges on two sentences; the others have as many."),
             ),

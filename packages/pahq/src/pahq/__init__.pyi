@@ -1,8 +1,15 @@
+from . import drawing as drawing
+from . import evaluation as evaluation
+from . import formats as formats
 from . import tasks as tasks
+from . import truth as truth
 from ._version import __version__ as __version__
+from .ablation import ABLATIONS as ABLATIONS
 from .circuit import Circuit as Circuit
+from .errors import ResumeError as ResumeError
 from .errors import UnsupportedModelError as UnsupportedModelError
 from .finder import CircuitFinder as CircuitFinder
 from .graph import Graph as Graph
 from .metrics import METRICS as METRICS
+from .metrics import CustomMetric as CustomMetric
 from .tasks import Task as Task

@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from shared_kernels._checks import check_choice, check_range, message
 from torch import nn
 
-from pahq.acdc import search
+from pahq.ablation import ABLATIONS, ablated
+from pahq.acdc import ORDERS, Acdc, effects
 from pahq.adapters import adapter_of
 from pahq.attribution import edge_scores
 from pahq.circuit import Circuit
 from pahq.errors import UnsupportedModelError
 from pahq.forward import Executor
 from pahq.graph import Graph
-from pahq.metrics import METRICS, Metric
+from pahq.metrics import Metric, as_metric, metric_name
+from pahq.progress import load, save, weights_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from torch import Tensor
 
+    from pahq.acdc import Search
+    from pahq.forward import State
+    from pahq.metrics import CustomMetric
     from pahq.tasks import Task
+
+    MetricLike = str | CustomMetric | Callable[[Tensor], Tensor]
 
 #: Largest distance of logits from the model's, over their largest absolute value.
 _PARITY = 1e-4
@@ -87,25 +95,31 @@ class CircuitFinder:
     # --- runs --------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def run(self, circuit: Circuit, clean: Tensor, corrupted: Tensor) -> Tensor:
+    def run(
+        self, circuit: Circuit, clean: Tensor, corrupted: Tensor, *, ablation: str = "patch"
+    ) -> Tensor:
         """Return logits ``(N, T, V)`` of a run on clean ids in which a circuit's edges are.
 
         Args:
             circuit: All other edges carry what they carry on the corrupted ids.
             clean: int64 ``(N, T)``.
             corrupted: int64 ``(N, T)``.
+            ablation: What absent edges carry, one of `pahq.ABLATIONS`: see `pahq.ablation.ablated`.
 
         Raises:
             ValueError: Ids of different shape, or a circuit of another model.
         """
         self._same(circuit)
+        check_choice("ablation", ablation, ABLATIONS)
         if clean.ndim != 2 or clean.shape != corrupted.shape:
             remedy = "clean and corrupted prompts must have as many tokens, one by one"
             shape = tuple(corrupted.shape)
             raise ValueError(message("corrupted", f"shape {tuple(clean.shape)}", shape, remedy))
         device = self.adapter.device
         base = self.executor.plain(corrupted.to(device))
-        state = self.executor.run(circuit.present.to(device), clean.to(device), base)
+        every = torch.full((len(clean),), clean.shape[1] - 1)
+        base = ablated(self.executor, base, ablation, every)
+        state = self.executor.run(circuit.present, clean.to(device), base)
         return self.adapter.logits(state.final)
 
     def acdc(
@@ -113,59 +127,167 @@ class CircuitFinder:
         task: Task,
         threshold: float,
         *,
-        metric: str = "kl",
+        metric: MetricLike = "kl",
         absolute: bool = False,
+        ablation: str = "patch",
+        direct_edges: bool = False,
+        order: str = "acdc",
+        seed: int = 0,
+        expect: Circuit | None = None,
         max_rows: int = 64,
+        resume_from: str | Path | None = None,
         progress: bool = True,
     ) -> Circuit:
         """Find a circuit by ACDC: remove every edge that the metric does not miss.
 
-        The edges are those that the sequential algorithm keeps (Conmy et al., arXiv:2304.14997),
-        without its direct edges.
+        The edges are those that the sequential algorithm keeps (Conmy et al., arXiv:2304.14997).
 
         Args:
             task: Clean and corrupted inputs.
             threshold: By how much a removal must raise the metric for the edge to stay, tau.
-            metric: One of `pahq.METRICS`.
+            metric: One of `pahq.METRICS`, or a `CustomMetric`.
             absolute: Whether an edge that lowers the metric by so much stays, too.
-            max_rows: Removals that are tried in one batch.
+            ablation: What removed edges carry, one of `pahq.ABLATIONS`: see
+                `pahq.ablation.ablated`.
+            direct_edges: Whether all edges into a head's query, key or value are tried at once
+                first, as the direct edges of the authors' code do.
+            order: Of the edges into a receiver: ``acdc`` tries those from the nearest senders
+                first, ``reverse`` those from the farthest, ``shuffle`` any first.
+            seed: Of shuffling.
+            expect: Edges that are expected to stay, as those with high scores by gradients or a
+                circuit of another threshold: right guesses spare batches, wrong ones change
+                nothing but the time.
+            max_rows: Removals that are tried in one batch; fewer where they do not fit into memory.
+            resume_from: A folder where the search is written down after every layer, and from where
+                it goes on if it was stopped.
             progress: Whether to show a bar.
 
         Raises:
             ValueError: A threshold that is not positive, another metric, or fewer than one row.
+            ResumeError: The folder has a search with another model, task or setting.
             FloatingPointError: The metric is not finite.
+            MemoryError: Not even one removal fits into memory.
         """
+        from tqdm.auto import tqdm
+
         if not (threshold > 0 and math.isfinite(threshold)):
             raise ValueError(message("threshold", "a positive number", threshold, "such as 0.01"))
-        check_choice("metric", metric, METRICS)
-        check_range("max_rows", max_rows, 1, 1 << 20, "a batch has a row")
-        device = self.adapter.device
-        clean, corrupted = task.clean.to(device), task.corrupted.to(device)
-        base = self.executor.plain(corrupted)
-        measure = Metric(metric, self.adapter, task, self.executor.plain(clean).final)
-        full = torch.from_numpy(self.graph.full()).to(device)
-        state = self.executor.run(full, clean, base)
-        found = search(
-            state, measure, threshold, rows=max_rows, absolute=absolute, progress=progress
-        )
-        scores = torch.full(tuple(full.shape), float("nan"))
-        for (sender, receiver), effect in found.effects.items():
-            scores[sender, receiver] = effect
-        provenance = {
-            "method": "acdc", "threshold": threshold, "metric": metric, "absolute": absolute,
-            "model": type(self.model).__name__, "task": task.meta.get("name"),
-            "task_fingerprint": task.fingerprint, "value": found.value, "tested": found.tested,
-            "skipped": found.skipped, "batches": found.batches, "rows": found.rows,
+        check_choice("order", order, ORDERS)
+        metric = as_metric(metric)
+        if expect is not None:
+            self._same(expect, "expect")
+        state, measure = self._begin(task, metric, ablation, max_rows)
+        settings = {
+            "threshold": threshold, "metric": metric_name(metric), "absolute": absolute,
+            "ablation": ablation,
+            "direct_edges": direct_edges, "order": order, "seed": seed if order == "shuffle" else 0,
+            **self._of(task),
         }  # fmt: skip
-        return Circuit(self.graph, state.present, scores, provenance)
+        with tqdm(total=self.graph.edges, desc="acdc", unit="edge", disable=not progress) as bar:
+            expected = None if expect is None else expect.present
+            search = Acdc(
+                state, measure, threshold, rows=max_rows, absolute=absolute, direct=direct_edges,
+                order=order, seed=seed, expected=expected, bar=bar,
+            )  # fmt: skip
+            done = None
+            if resume_from is not None:
+                done = load(Path(resume_from), search, settings)
+                bar.update(search.found.tested + search.found.skipped)
+            for layer in reversed(range(self.graph.layers + 1 if done is None else done)):
+                search.layer(layer)
+                if resume_from is not None:
+                    save(Path(resume_from), search, layer, settings)
+        found = search.found
+        names = self.graph.receiver_names
+        provenance = {
+            "method": "acdc", **settings, "value": found.value, "tested": found.tested,
+            "skipped": found.skipped, "batches": found.batches, "rows": found.rows,
+            "direct_effects": {names[r]: effect for r, effect in found.direct.items()},
+        }  # fmt: skip
+        return Circuit(self.graph, state.present, self._scores(found), provenance)
+
+    def edge_effects(
+        self,
+        task: Task,
+        edges: Iterable[str] | None = None,
+        *,
+        metric: MetricLike = "kl",
+        ablation: str = "patch",
+        max_rows: int = 64,
+        progress: bool = True,
+    ) -> Circuit:
+        """Measure what the removal of each edge alone adds to a metric, all others being there.
+
+        Args:
+            task: Clean and corrupted inputs.
+            edges: Their names; all by default.
+            metric: One of `pahq.METRICS`, or a `CustomMetric`.
+            ablation: What removed edges carry, one of `pahq.ABLATIONS`.
+            max_rows: Removals in one batch; fewer where they do not fit into memory.
+            progress: Whether to show a bar.
+
+        Returns:
+            These edges, with their effects as scores.
+
+        Raises:
+            ValueError: An edge that there is not, another metric, or fewer than one row.
+            FloatingPointError: The metric is not finite.
+            MemoryError: Not even one removal fits into memory.
+        """
+        from tqdm.auto import tqdm
+
+        wanted = torch.from_numpy(self.graph.full())
+        if edges is not None:
+            wanted = torch.zeros_like(wanted)
+            for name in edges:
+                wanted[self.graph.edge(name)] = True
+        metric = as_metric(metric)
+        state, measure = self._begin(task, metric, ablation, max_rows)
+        total = int(wanted.sum())
+        with tqdm(total=total, desc="effects", unit="edge", disable=not progress) as bar:
+            found = effects(state, measure, wanted, rows=max_rows, bar=bar)
+        provenance = {
+            "method": "exact", "metric": metric_name(metric), "ablation": ablation,
+            "batches": found.batches, **self._of(task),
+        }  # fmt: skip
+        return Circuit(self.graph, wanted, self._scores(found), provenance)
 
     @torch.no_grad()
-    def eap(self, task: Task, *, metric: str = "logit_diff", ig_steps: int = 0) -> Circuit:
+    def _begin(
+        self, task: Task, metric: str | CustomMetric, ablation: str, rows: int
+    ) -> tuple[State, Metric]:
+        """Return the run of all edges, and what it is judged by."""
+        check_choice("ablation", ablation, ABLATIONS)
+        check_range("max_rows", rows, 1, 1 << 20, "a batch has a row")
+        device = self.adapter.device
+        clean, corrupted = task.clean.to(device), task.corrupted.to(device)
+        base = ablated(self.executor, self.executor.plain(corrupted), ablation, task.positions)
+        measure = Metric(metric, self.adapter, task, self.executor.plain(clean).final)
+        full = torch.from_numpy(self.graph.full())
+        return self.executor.run(full, clean, base), measure
+
+    def _of(self, task: Task) -> dict[str, Any]:
+        """Return what a result depends on beside its settings."""
+        return {
+            "model": type(self.model).__name__, "weights": weights_of(self.model),
+            "task": task.meta.get("name"), "task_fingerprint": task.fingerprint,
+            "d_model": int(self.model.config.get_text_config().hidden_size),
+        }  # fmt: skip
+
+    def _scores(self, found: Search) -> Tensor:
+        scores = torch.full((self.graph.senders, self.graph.receivers), float("nan"))
+        for edge, effect in found.effects.items():
+            scores[edge] = effect
+        return scores
+
+    @torch.no_grad()
+    def eap(self, task: Task, *, metric: MetricLike = "logit_diff", ig_steps: int = 0) -> Circuit:
         """Score all edges by gradients: edge attribution patching, or EAP-IG on inputs.
 
         Args:
             task: Clean and corrupted inputs.
-            metric: One of `pahq.METRICS`. KL has no gradient at the clean input: it wants steps.
+            metric: One of `pahq.METRICS`, or a `CustomMetric`. KL has no gradient at the clean
+                input: it wants steps.
             ig_steps: Points between corrupted and clean embeddings; 0 for plain EAP, whose cost is
                 two runs and one backward pass; each point is a run and a backward pass more.
 
@@ -175,7 +297,7 @@ class CircuitFinder:
         Raises:
             ValueError: Another metric, KL without steps, or fewer than 0 steps.
         """
-        check_choice("metric", metric, METRICS)
+        metric = as_metric(metric)
         check_range("ig_steps", ig_steps, 0, 1 << 20, "0 is plain EAP")
         if metric == "kl" and not ig_steps:
             remedy = "at the clean input its gradient is 0"
@@ -186,15 +308,19 @@ class CircuitFinder:
         measure = Metric(metric, self.adapter, task, clean.final)
         scores = edge_scores(self.executor, clean, corrupted, measure, steps=ig_steps)
         provenance = {
-            "method": "eap-ig" if ig_steps else "eap", "ig_steps": ig_steps, "metric": metric,
-            "model": type(self.model).__name__, "task": task.meta.get("name"),
-            "task_fingerprint": task.fingerprint,
+            "method": "eap-ig" if ig_steps else "eap", "ig_steps": ig_steps,
+            "metric": metric_name(metric), **self._of(task),
         }  # fmt: skip
         return Circuit(self.graph, torch.from_numpy(self.graph.full()), scores, provenance)
 
     @torch.no_grad()
     def evaluate(
-        self, circuit: Circuit, task: Task, metrics: Sequence[str] = ("kl", "logit_diff")
+        self,
+        circuit: Circuit,
+        task: Task,
+        metrics: Sequence[MetricLike] = ("kl", "logit_diff"),
+        *,
+        ablation: str = "patch",
     ) -> dict[str, dict[str, float]]:
         """Return each metric of a circuit, of all edges and of none, and how much it recovers.
 
@@ -204,26 +330,29 @@ class CircuitFinder:
         Args:
             circuit: Of this model.
             task: Any, best one that it was not found on.
-            metrics: Of `pahq.METRICS`.
+            metrics: Of `pahq.METRICS`, or a `CustomMetric`.
+            ablation: What absent edges carry, one of `pahq.ABLATIONS`.
         """
         self._same(circuit)
+        check_choice("ablation", ablation, ABLATIONS)
         device = self.adapter.device
         clean = task.clean.to(device)
         base = self.executor.plain(task.corrupted.to(device))
+        base = ablated(self.executor, base, ablation, task.positions)
         full = self.executor.plain(clean).final
-        own = self.executor.run(circuit.present.to(device), clean, base).final
+        own = self.executor.run(circuit.present, clean, base).final
         found = {}
-        for name in metrics:
-            values = Metric(name, self.adapter, task, full)(torch.stack([own, full, base.final]))
+        for metric in map(as_metric, metrics):
+            values = Metric(metric, self.adapter, task, full)(torch.stack([own, full, base.final]))
             mine, whole, none = values.tolist()
             spread = whole - none
-            found[name] = {
+            found[metric_name(metric)] = {
                 "circuit": mine, "all": whole, "none": none,
                 "recovered": (mine - none) / spread if spread else float("nan"),
             }  # fmt: skip
         return found
 
-    def _same(self, circuit: Circuit) -> None:
+    def _same(self, circuit: Circuit, name: str = "circuit") -> None:
         if circuit.graph != self.graph:
             remedy = "was it found with another model, or with another kv?"
-            raise ValueError(message("circuit", f"edges of {self.graph}", circuit.graph, remedy))
+            raise ValueError(message(name, f"edges of {self.graph}", circuit.graph, remedy))

@@ -111,18 +111,8 @@ class Executor:
             clean: int64 ``(N, T)``.
             corrupted: Of inputs of that shape.
         """
-        graph = self.graph
-        first = self.adapter.embed(clean)
-        state = State(self, present, corrupted, first)
-        for layer in range(graph.layers):
-            for part in ("q", "k", "v"):
-                state.read(layer, part)
-            state.attend(layer)
-            state.read(layer, "mlp")
-            state.senders[graph.mlp(layer)] = self.adapter.mlp(
-                layer, state.inputs[graph.columns(layer, "mlp")][0]
-            )
-        state.read(graph.layers, "logits")
+        state = State(self, present, corrupted, self.adapter.embed(clean))
+        state.compute()
         return state
 
 
@@ -130,7 +120,7 @@ class State:
     """A circuit's run: what every sender computed and every receiver read.
 
     Attributes:
-        present: bool ``(S, R)``.
+        present: bool ``(S, R)`` on the CPU, where it is looked at often.
         senders: ``(S, N, T, D)``.
         inputs: ``(R, N, T, D)``.
         parts: Of each layer, by ``q``, ``k`` and ``v``, what heads made of their inputs,
@@ -139,7 +129,7 @@ class State:
 
     def __init__(self, executor: Executor, present: Tensor, corrupted: PlainRun, first: Tensor):
         graph = executor.graph
-        self.executor, self.present, self.corrupted = executor, present.clone(), corrupted
+        self.executor, self.present, self.corrupted = executor, present.cpu().clone(), corrupted
         self.senders = torch.zeros_like(corrupted.senders)
         self.senders[0] = first
         self.inputs = first.new_empty(graph.receivers, *first.shape)
@@ -150,6 +140,19 @@ class State:
         """Return what the logits are made of."""
         return self.inputs[self.executor.graph.logits]
 
+    def compute(self, first: int = 0) -> None:
+        """Compute layers from the first on, from what there is before."""
+        executor, graph = self.executor, self.executor.graph
+        for layer in range(first, graph.layers):
+            for part in ("q", "k", "v"):
+                self.read(layer, part)
+            self.attend(layer)
+            self.read(layer, "mlp")
+            self.senders[graph.mlp(layer)] = executor.adapter.mlp(
+                layer, self.inputs[graph.columns(layer, "mlp")][0]
+            )
+        self.read(graph.layers, "logits")
+
     def read(self, layer: int, part: str) -> None:
         """Put together what a layer's receivers of one kind read."""
         graph = self.executor.graph
@@ -158,7 +161,7 @@ class State:
         else:
             columns = graph.columns(layer, part)
         up = graph.upstream(columns.start)
-        weights = self.present[:up, columns].to(self.senders.dtype)
+        weights = self.present[:up, columns].to(self.senders)
         difference = self.senders[:up] - self.corrupted.senders[:up]
         base = self.corrupted.read(graph, columns.start)
         self.inputs[columns] = base + torch.einsum("sr,sntd->rntd", weights, difference)
@@ -181,7 +184,7 @@ class State:
     def live(self) -> tuple[Tensor, Tensor]:
         """Return which senders ``(S,)`` and receivers ``(R,)`` reach the logits."""
         graph = self.executor.graph
-        present = self.present.cpu()
+        present = self.present
         senders = torch.zeros(graph.senders, dtype=torch.bool)
         receivers = torch.zeros(graph.receivers, dtype=torch.bool)
         receivers[graph.logits] = True
@@ -193,18 +196,17 @@ class State:
         return senders, receivers
 
     @torch.no_grad()
-    def change(self, receiver: int, delta: Tensor, live: Tensor) -> Change:
-        """Let a receiver read something else, in several rows at once, and follow what it changes.
+    def change(self, deltas: dict[int, Tensor], live: Tensor) -> Change:
+        """Let receivers read something else, in several rows at once, and follow what it changes.
 
         Args:
-            receiver: The first to read something else; nothing before it changes.
-            delta: ``(M, N, T, D)``, added to what it reads.
+            deltas: ``(M, N, T, D)`` by receiver, added to what it reads; of one layer, and of its
+                heads or of its MLP.
             live: Of `live`, the senders that can matter.
         """
         graph, executor = self.executor.graph, self.executor
-        made = Change({}, {}, {})
-        first, kind, _ = graph.place(receiver)
-        made.inputs[receiver] = delta
+        made = Change(dict(deltas), {}, {})
+        first, kind, _ = graph.place(next(iter(deltas)))
         for layer in range(first, graph.layers):
             if layer > first or kind != "mlp":
                 if layer > first:
@@ -240,7 +242,7 @@ class State:
             return
         values = torch.stack([made.senders[sender] for sender in changed])
         moved = torch.einsum(
-            "sr,smntd->rmntd", weights[:, wanted].to(values.dtype), values
+            "sr,smntd->rmntd", weights[:, wanted].to(values), values
         )  # fmt: skip
         for place, value in zip(wanted, moved, strict=True):
             made.inputs[columns.start + place] = value

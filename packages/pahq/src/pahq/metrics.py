@@ -9,6 +9,8 @@ import torch
 from shared_kernels._checks import check_choice, message
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from pahq.adapters import Adapter
@@ -17,32 +19,98 @@ if TYPE_CHECKING:
 METRICS = ("kl", "logit_diff", "prob_diff", "nll")
 
 
+@dataclass(frozen=True)
+class CustomMetric:
+    """A metric of one's own.
+
+    Args:
+        function: Of logits ``(M, N, V)`` of M rows where the N examples give their answers, in
+            float32 (float64 if the model is), a number for each row ``(M,)``. Each must depend on
+            its own row only, for rows of one batch are other circuits. Scores by gradients want it
+            differentiable.
+        name: That results have.
+        maximise: Whether it is to be kept high; ``Metric`` then gives its negative.
+    """
+
+    function: Callable[[Tensor], Tensor]
+    name: str = "custom"
+    maximise: bool = False
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Return what is to be kept low, ``(M,)``.
+
+        Raises:
+            TypeError: The function returns something else than a floating-point tensor.
+            ValueError: It returns another shape.
+        """
+        found = self.function(logits)
+        if not isinstance(found, torch.Tensor) or not found.is_floating_point():
+            remedy = "return a number for each row"
+            raise TypeError(message(f"metric {self.name}", "a floating tensor", found, remedy))
+        if found.shape != logits.shape[:1]:
+            remedy = "average over examples, not over rows"
+            raise ValueError(
+                message(f"metric {self.name}", f"shape ({len(logits)},)", found, remedy)
+            )
+        return -found if self.maximise else found
+
+
+def as_metric(metric: str | CustomMetric | Callable[[Tensor], Tensor]) -> str | CustomMetric:
+    """Return what `Metric` takes: one of `METRICS`, or a function in its wrapper.
+
+    Raises:
+        TypeError: Neither a name nor a function.
+        ValueError: Another name.
+    """
+    if isinstance(metric, CustomMetric):
+        return metric
+    if isinstance(metric, str):
+        check_choice("metric", metric, METRICS)
+        return metric
+    if not callable(metric):
+        raise TypeError(message("metric", "a name or a function", metric, "see pahq.METRICS"))
+    return CustomMetric(metric, getattr(metric, "__name__", "custom"))
+
+
+def metric_name(metric: str | CustomMetric) -> str:
+    """Return what results call a metric."""
+    return metric if isinstance(metric, str) else metric.name
+
+
 @dataclass
 class Metric:
     """A number of each row, from the residual stream where answers are given.
 
     - ``kl``: mean over examples of ``KL(p || q)`` in nats, p the model's distribution on the clean
-      input. With dz the difference of logits it is ``log1p(sum p expm1(dz)) - sum p dz``, exact,
-      and without the cancellation of two logarithms near 0.
-    - ``logit_diff``: minus the mean difference of the logits of answer and wrong answer.
-    - ``prob_diff``: minus the mean difference of their probabilities.
-    - ``nll``: minus the mean log-probability of the answer.
+      input. It is computed from the differences of logits, without the cancellation of two
+      logarithms near 0.
+    - ``logit_diff``: minus the mean difference of the logits of answer and wrong answer; of sets,
+      of their mean logits.
+    - ``prob_diff``: minus the mean difference of their probabilities; of sets, of the sums of them.
+    - ``nll``: minus the mean log-probability in nats of the answer; of a set, that one of it comes.
 
     Args:
-        name: One of these.
+        name: One of these, or a `CustomMetric`.
         adapter: Of the model.
         task: Whose answers count.
         final: ``(N, T, D)``, final states of the whole model on the clean input.
+
+    Raises:
+        ValueError: Another name, or differences for a task without wrong answers.
     """
 
-    name: str
+    name: str | CustomMetric
     adapter: Adapter
     task: Task
     final: Tensor
 
     def __post_init__(self) -> None:
-        check_choice("metric", self.name, METRICS)
-        if self.name in ("logit_diff", "prob_diff") and self.task.wrong_answers is None:
+        self.name = as_metric(self.name)
+        self.right = on_device(self.task.answers, self.final.device)
+        self.wrong = None
+        if self.task.wrong_answers is not None:
+            self.wrong = on_device(self.task.wrong_answers, self.final.device)
+        if self.name in ("logit_diff", "prob_diff") and self.wrong is None:
             remedy = "give wrong_answers, or use kl"
             raise ValueError(
                 message("metric", "kl or nll without wrong answers", self.name, remedy)
@@ -60,13 +128,13 @@ class Metric:
         if self.name == "kl":
             return self._kl(x).mean(-1)
         logits = self.adapter.logits(x)
-        right = self.task.answers.to(x.device)
+        if isinstance(self.name, CustomMetric):
+            return self.name(logits)
         if self.name == "nll":
-            law = logits.log_softmax(-1)
-            return -law[:, self.rows, right].mean(-1)
-        wrong: Any = self.task.wrong_answers
-        scores = logits.softmax(-1) if self.name == "prob_diff" else logits
-        return -(scores[:, self.rows, right] - scores[:, self.rows, wrong.to(x.device)]).mean(-1)
+            return -log_prob(logits, self.right).mean(-1)
+        wrong: Any = self.wrong
+        score = mean_logit if self.name == "logit_diff" else prob
+        return -(score(logits, self.right) - score(logits, wrong)).mean(-1)
 
     def _kl(self, x: Tensor) -> Tensor:
         head = self.adapter.head
@@ -75,5 +143,56 @@ class Metric:
             moved = (self.adapter.final_norm(x) - self.normed) @ weight.T * head.scale
         else:
             moved = self.adapter.logits(x) - self.clean_logits
-        first = (self.law * moved).sum(-1)
-        return torch.log1p((self.law * moved.expm1()).sum(-1)) - first
+        return _divergence(self.law, moved)
+
+
+def _divergence(law: Tensor, moved: Tensor) -> Tensor:
+    """Return ``KL(p || q)`` of laws ``(..., V)`` from p and the differences of their logits.
+
+    With t the differences less their mean under p it is ``log sum p exp(t)``, and as ``sum p t`` is
+    0, ``log1p(sum p (exp(t) - 1 - t))``: no term is negative, so that nothing cancels, and rounding
+    of the mean counts squared only. A shift of all logits changes nothing.
+    """
+    t = moved - (law * moved).sum(-1, keepdim=True)
+    # exp has no larger arguments than 88 in float32
+    over = (t.amax(-1, keepdim=True) - 60).clamp(min=0)
+    t = t - over
+    grown = t.expm1()
+    series = t * t / 2 * (1 + t / 3 * (1 + t / 4 * (1 + t / 5 * (1 + t / 6))))
+    terms = torch.where(over > 0, grown, torch.where(t.abs() < 0.1, series, grown - t))
+    return torch.log1p((law * terms).sum(-1)) + over[..., 0]
+
+
+# --- scores of sets of answers: logits (..., N, V), tokens (N, A), -1 where there is none ---------
+
+
+def on_device(tokens: Tensor, device: torch.device) -> Tensor:
+    """Return answers ``(N,)`` or ``(N, A)`` as ``(N, A)`` on a device."""
+    return tokens.reshape(len(tokens), -1).to(device)
+
+
+def _of(logits: Tensor, tokens: Tensor, nothing: float) -> Tensor:
+    rows = torch.arange(len(tokens), device=tokens.device)[:, None]
+    # the index -1 would be the last token
+    found = logits[..., rows, tokens.clamp(min=0)]
+    return found.masked_fill(tokens < 0, nothing)
+
+
+def mean_logit(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Return the mean logit ``(..., N)`` of a set."""
+    return _of(logits, tokens, 0.0).sum(-1) / (tokens >= 0).sum(-1)
+
+
+def best_logit(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Return the largest logit ``(..., N)`` of a set."""
+    return _of(logits, tokens, float("-inf")).amax(-1)
+
+
+def prob(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Return the probability ``(..., N)`` of a set."""
+    return _of(logits.softmax(-1), tokens, 0.0).sum(-1)
+
+
+def log_prob(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Return the log-probability ``(..., N)`` of a set, without the underflow of probabilities."""
+    return _of(logits, tokens, float("-inf")).logsumexp(-1) - logits.logsumexp(-1)

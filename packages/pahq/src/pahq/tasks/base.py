@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+_TEXTS = ("clean", "corrupted")
+
 
 @dataclass
 class Task:
@@ -25,10 +27,16 @@ class Task:
         clean: int64 ``(N, T)``.
         corrupted: int64 ``(N, T)``.
         positions: int64 ``(N,)``, the token of each prompt whose logits count.
-        answers: int64 ``(N,)``, the token that follows the clean prompt.
-        wrong_answers: int64 ``(N,)``, the one that follows the corrupted prompt; None if there is
-            none that says something.
+        answers: int64 ``(N,)``, the token that follows the clean prompt, or ``(N, A)``, those that
+            may follow it, -1 behind them in rows that have fewer.
+        wrong_answers: Alike, those that follow the corrupted prompt, with an A of their own; None
+            if there are none that say something.
         meta: What it is of: name, seed, texts.
+
+    Raises:
+        TypeError: Tokens or positions that are not int64.
+        ValueError: No pair, shapes that do not fit, a position behind the prompts, an example
+            without answers, with one twice, or with one that is right and wrong, by number.
     """
 
     clean: Tensor
@@ -43,19 +51,39 @@ class Task:
         if len(shape) != 2 or not shape[0] or not shape[1]:
             remedy = "give at least one pair"
             raise ValueError(message("clean", "token ids (N, T)", shape, remedy))
-        for name, wanted in (("corrupted", shape), ("positions", shape[:1]), ("answers", shape[:1]),
-                             ("wrong_answers", shape[:1])):  # fmt: skip
-            found = getattr(self, name)
-            if found is not None and tuple(found.shape) != wanted:
+        sets = {"answers": self.answers}
+        if self.wrong_answers is not None:
+            sets["wrong_answers"] = self.wrong_answers
+        tensors = {"clean": self.clean, "corrupted": self.corrupted, "positions": self.positions}
+        for name, found in (tensors | sets).items():
+            wanted = shape if name in _TEXTS else shape[:1]
+            # of a set of answers only the first dimension is given
+            size = tuple(found.shape)[: 1 if name in sets and 1 <= found.ndim <= 2 else None]
+            if size != wanted:
                 remedy = "clean and corrupted prompts must have as many tokens, one by one"
                 raise ValueError(message(name, f"shape {wanted}", tuple(found.shape), remedy))
+        for name, found in (tensors | sets).items():
+            if found.dtype != torch.int64:
+                raise TypeError(message(name, "int64", found, "convert it with .long()"))
+        outside = (self.positions < 0) | (self.positions >= shape[1])
+        if outside.any():
+            row = _first(outside)
+            remedy = "a position counts from 0"
+            expected = f"positions below {shape[1]}"
+            got = f"{int(self.positions[row])} in example {row}"
+            raise ValueError(message("positions", expected, got, remedy))
+        for name, found in sets.items():
+            _check_set(name, found)
         if self.wrong_answers is not None:
-            same = (self.answers == self.wrong_answers).nonzero()[:, 0].tolist()
-            if same:
+            right, wrong = (x.reshape(shape[0], -1) for x in sets.values())
+            same = (right[:, :, None] == wrong[:, None]) & (right >= 0)[:, :, None]
+            if same.any():
+                row = _first(same.flatten(1).any(1))
+                token = int(right[row][same[row].any(1)][0])
                 remedy = "nothing tells them apart; leave the example out"
                 raise ValueError(
-                    message("wrong_answers", "other tokens than the answers", f"the same in {same}",
-                            remedy)
+                    message("wrong_answers", "other tokens than the answers",
+                            f"the same token {token} in example {row}", remedy)
                 )  # fmt: skip
 
     def __len__(self) -> int:
@@ -74,85 +102,34 @@ class Task:
         return digest.hexdigest()[:16]
 
     def select(self, rows: Sequence[int]) -> Task:
-        """Return some of the pairs."""
+        """Return some of the pairs, with their texts."""
         index = torch.as_tensor(list(rows))
         wrong = self.wrong_answers
+        meta = {
+            key: [value[row] for row in rows] if key in _TEXTS else value
+            for key, value in self.meta.items()
+        }
         return Task(
             self.clean[index], self.corrupted[index], self.positions[index], self.answers[index],
-            None if wrong is None else wrong[index], dict(self.meta),
+            None if wrong is None else wrong[index], meta,
         )  # fmt: skip
 
 
-def from_pairs(
-    tokenizer: Any,
-    clean: Sequence[str],
-    corrupted: Sequence[str],
-    answers: Sequence[str],
-    wrong_answers: Sequence[str] | None = None,
-    *,
-    name: str = "pairs",
-) -> Task:
-    """Make a task of texts.
-
-    What counts of an answer is its first token behind the prompt. Answer and wrong answer must
-    differ in it: where they share a beginning, put that into the prompt.
-
-    Args:
-        tokenizer: The model's.
-        clean: N prompts.
-        corrupted: As many, each with as many tokens as its clean prompt.
-        answers: What follows the clean prompt, with its leading space if it has one.
-        wrong_answers: What follows the corrupted one.
-        name: Of the task.
-
-    Raises:
-        ValueError: A pair of different length, by number and texts; none; answers that are alike.
-    """
-    lists = {"corrupted": corrupted, "answers": answers}
-    if wrong_answers is not None:
-        lists["wrong_answers"] = wrong_answers
-    for title, texts in lists.items():
-        if len(texts) != len(clean):
-            raise ValueError(message(title, f"{len(clean)} texts", len(texts), "give one a prompt"))
-    rows = [_encode(tokenizer, text) for text in clean]
-    others = [_encode(tokenizer, text) for text in corrupted]
-    for number, (a, b) in enumerate(zip(rows, others, strict=True)):
-        if len(a) != len(b):
-            raise ValueError(
-                f"corrupted: expected as many tokens as in the clean prompt, got {len(b)} and "
-                f"{len(a)} in example {number} ({corrupted[number]!r} and {clean[number]!r}); "
-                "exchange words for ones of as many tokens"
-            )
-    longest = max(map(len, rows), default=0)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    padded = lambda lines: torch.tensor(  # noqa: E731
-        [line + [pad] * (longest - len(line)) for line in lines]
-    ).view(len(lines), longest)
-    right = [_next(tokenizer, text, ids, answer)
-             for text, ids, answer in zip(clean, rows, answers, strict=True)]  # fmt: skip
-    wrong = None
-    if wrong_answers is not None:
-        wrong = torch.tensor(
-            [_next(tokenizer, text, ids, answer)
-             for text, ids, answer in zip(clean, rows, wrong_answers, strict=True)]
-        )  # fmt: skip
-    return Task(
-        padded(rows), padded(others), torch.tensor([len(row) - 1 for row in rows]),
-        torch.tensor(right), wrong,
-        {"name": name, "clean": list(clean), "corrupted": list(corrupted)},
-    )  # fmt: skip
+def _first(rows: Tensor) -> int:
+    return int(rows.nonzero()[0, 0])
 
 
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text)["input_ids"])
-
-
-def _next(tokenizer: Any, text: str, ids: list[int], answer: str) -> int:
-    """Return the first token of an answer where it stands."""
-    whole = _encode(tokenizer, text + answer)
-    if len(whole) <= len(ids) or whole[: len(ids)] != ids:
-        raise ValueError(
-            f"answers: expected one that begins with a token of its own behind the prompt, got "
-            f"{answer!r} behind {text!r}; begin it with a space, or end the prompt without one"
-        )
-    return whole[len(ids)]
+def _check_set(name: str, tokens: Tensor) -> None:
+    rows = tokens.reshape(len(tokens), -1)
+    bare = ~(rows >= 0).any(1)
+    if bare.any():
+        remedy = "give it one, or leave the example out; -1 only fills rows up"
+        got = f"none in example {_first(bare)}"
+        raise ValueError(message(name, "a token in each example", got, remedy))
+    ordered = rows.sort(1).values
+    twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(1)
+    if twice.any():
+        row = _first(twice)
+        remedy = "it would count twice"
+        got = f"{rows[row].tolist()} in example {row}"
+        raise ValueError(message(name, "every token once in an example", got, remedy))

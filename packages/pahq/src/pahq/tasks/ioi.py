@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING, Any
 
-from shared_kernels._checks import message
+from shared_kernels._checks import check_choice
 
-from pahq.tasks.base import from_pairs
+from pahq.tasks.pairs import from_pairs
+from pahq.tasks.sampling import check_count, singles
 
 if TYPE_CHECKING:
     from pahq.tasks.base import Task
@@ -29,7 +30,9 @@ TEMPLATES = {
 }
 
 
-def ioi(tokenizer: Any, n: int = 64, *, seed: int = 0, order: str = "mixed") -> Task:
+def ioi(
+    tokenizer: Any, n: int = 64, *, seed: int = 0, bos: bool | None = None, order: str = "mixed"
+) -> Task:
     """Make prompts in which two people are named and one of them gives something to the other.
 
     The corrupted prompt names three other people. Names, places and things are single tokens of
@@ -39,22 +42,17 @@ def ioi(tokenizer: Any, n: int = 64, *, seed: int = 0, order: str = "mixed") -> 
         tokenizer: The model's.
         n: Pairs.
         seed: Of the choice.
+        bos: Whether prompts begin with a BOS token; None leaves it to the tokenizer.
         order: ``ABB`` or ``BAB``: the giver is named second, or first; ``mixed`` takes turns.
 
     Raises:
         ValueError: Fewer than one pair, an unknown order, or a tokenizer without enough such words.
     """
-    if n < 1:
-        raise ValueError(message("n", "at least 1", n, "a task has a pair"))
-    orders = ("ABB", "BAB", "mixed")
-    if order not in orders:
-        raise ValueError(message("order", f"one of {', '.join(orders)}", order, "see ioi"))
-    names, places, things = (
-        [word for word in words if _single(tokenizer, word)] for words in (NAMES, PLACES, THINGS)
-    )
-    if len(names) < 5 or not places or not things:
-        remedy = "make pairs of your own, with from_pairs"
-        raise ValueError(message("tokenizer", "single tokens for names", f"{len(names)}", remedy))
+    check_count(n)
+    check_choice("order", order, ("ABB", "BAB", "mixed"))
+    names = singles(tokenizer, NAMES, 5, "names")
+    places = singles(tokenizer, PLACES, 1, "places")
+    things = singles(tokenizer, THINGS, 1, "things")
     draws = random.Random(seed)
     clean, corrupted, answers, wrong = [], [], [], []
     for number in range(n):
@@ -67,10 +65,6 @@ def ioi(tokenizer: Any, n: int = 64, *, seed: int = 0, order: str = "mixed") -> 
         corrupted.append(first.format(a=c, b=d, **rest) + "," + last.format(b=e, **rest))
         answers.append(f" {a}")
         wrong.append(f" {b}")
-    return from_pairs(tokenizer, clean, corrupted, answers, wrong, name="ioi")
-
-
-def _single(tokenizer: Any, word: str) -> bool:
-    ids = tokenizer("When" + f" {word} " + "and")["input_ids"]
-    without = tokenizer("When and")["input_ids"]
-    return len(ids) == len(without) + 1
+    task = from_pairs(tokenizer, clean, corrupted, answers, wrong, name="ioi", bos=bos)
+    task.meta["seed"] = seed
+    return task

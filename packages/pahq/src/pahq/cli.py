@@ -1,0 +1,512 @@
+"""The ``pahq`` command line: finds circuits, judges, compares, draws and converts them.
+
+Results go to stdout, messages to stderr; ``--json`` prints one JSON document instead of tables.
+Exit status: 0 done, 1 the work failed or the model is refused, 2 bad input. No command loads torch
+before it runs.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from cyclopts import App
+from shared_kernels.console import JsonFlag, print_json, print_table, run_app
+
+if TYPE_CHECKING:
+    from pahq.circuit import Circuit
+    from pahq.finder import CircuitFinder
+    from pahq.tasks import Task
+
+app = App(
+    name="pahq",
+    help="Find the edges of a transformers model that a behaviour needs.",
+    version=lambda: _version(),
+    help_format="plaintext",
+)
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Method = Literal["acdc", "eap", "eap-ig", "exact"]
+Metric = Literal["kl", "logit_diff", "prob_diff", "nll"]
+Ablation = Literal["patch", "zero", "mean", "mean_positional"]
+Form = Literal["folder", "mib-json", "mib-pt", "auto-circuit"]
+
+
+@app.command
+def find(
+    model: str,
+    *,
+    out: Path,
+    task: str = "ioi",
+    examples: int = 16,
+    seed: int = 0,
+    method: Method = "acdc",
+    threshold: float = 0.01,
+    metric: Metric | None = None,
+    ablation: Ablation = "patch",
+    direct_edges: bool = False,
+    order: Literal["acdc", "reverse", "shuffle"] = "acdc",
+    top: int | None = None,
+    ig_steps: int = 5,
+    max_rows: int = 64,
+    kv: Literal["grouped", "per_query_head"] = "grouped",
+    min_accuracy: float = 0.5,
+    judge: bool = True,
+    device: str | None = None,
+    dtype: Dtype = "auto",
+    json_output: JsonFlag = False,
+) -> int:
+    """Find a circuit, and judge it on other pairs and against chance.
+
+    ACDC tries to remove every edge, and keeps those whose removal raises the metric by the
+    threshold or more. It writes down what is decided after every layer: the same command goes on
+    where it was stopped. The other methods score all edges; --top keeps the best ones.
+
+    Args:
+        model: Folder or name on the Hugging Face hub.
+        out: New folder for the circuit.
+        task: A name that `pahq tasks` lists, or a file of JSON lines with "clean", "corrupted",
+            "answer" and, if there is one, "wrong_answer".
+        examples: Pairs of clean and corrupted prompts; of a file, the first ones.
+        seed: Of the pairs, and of the order where it is shuffle.
+        method: acdc decides; eap and eap-ig score by gradients, exact by removing each edge alone.
+        threshold: Of acdc, tau.
+        metric: What removals may not raise; kl by default, and logit_diff for eap.
+        ablation: What absent edges carry.
+        direct_edges: First try all edges into a query, key or value at once, as the authors' code.
+        order: In which acdc tries the edges into a receiver: nearest senders first, farthest, any.
+        top: Edges to keep by score.
+        ig_steps: Of eap-ig.
+        max_rows: Removals tried in one batch.
+        kv: Whether query heads that share keys share their edges.
+        min_accuracy: A task that the model does less often than this is refused.
+        judge: Whether to run the circuit on held-out pairs, beside 20 random circuits of its size.
+        device: Where to load the model; by default a GPU if there is one.
+        dtype: Of the weights; auto takes what the checkpoint has.
+        json_output: Print JSON.
+    """
+    from pahq.tasks import baseline
+
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out: {out} exists and is not empty; choose another folder")
+    if top is not None and method == "acdc":
+        raise ValueError("--top: acdc has a threshold; give --method eap-ig, or leave it out")
+    if method in ("eap", "eap-ig") and ablation != "patch":
+        raise ValueError(f"--ablation: gradients know patch only, got {ablation}")
+    finder, tokenizer = _finder(model, device, dtype, kv)
+    pairs = _task(task, tokenizer, examples, seed)
+    able = baseline(finder.model, pairs, min_accuracy=min_accuracy)
+    begun = out.with_name(out.name + ".search")
+    begin = time.perf_counter()
+    if method == "acdc":
+        found = finder.acdc(
+            pairs, threshold, metric=metric or "kl", ablation=ablation, direct_edges=direct_edges,
+            order=order, seed=seed, max_rows=max_rows, resume_from=begun,
+        )  # fmt: skip
+    elif method == "exact":
+        found = finder.edge_effects(pairs, metric=metric or "kl", ablation=ablation,
+                                    max_rows=max_rows)  # fmt: skip
+    else:
+        steps = ig_steps if method == "eap-ig" else 0
+        found = finder.eap(pairs, metric=metric or ("kl" if steps else "logit_diff"),
+                           ig_steps=steps)  # fmt: skip
+    seconds = time.perf_counter() - begin
+    if top is not None:
+        found = found.top(top)
+    found.provenance |= {
+        "name": model,
+        "task_source": task,
+        "examples": examples,
+        "task_seed": seed,
+    }
+    found.save_pretrained(out)
+    _forget(begun)
+    counts = {k: found.provenance[k] for k in ("tested", "skipped", "batches", "rows")
+              if k in found.provenance}  # fmt: skip
+    result: dict[str, Any] = {
+        "out": str(out), "edges": len(found), "of": finder.graph.edges, "seconds": seconds,
+        **counts, "accuracy": able,
+    }  # fmt: skip
+    report = None
+    if judge and len(found):
+        report = _judged(finder, tokenizer, found, ablation, progress=not json_output)
+        result["faithfulness"] = report.to_dict()
+    if json_output:
+        return print_json(result)
+    rows = [("edges", f"{len(found):,} of {finder.graph.edges:,}"), ("seconds", f"{seconds:.1f}")]
+    rows += [(key, f"{value:,}") for key, value in counts.items()]
+    rows += [("the model does the task", f"{able.get('pairwise', able['top1']):.0%}")]
+    print_table([*rows, ("written to", str(out))])
+    if report is not None:
+        print(report)
+    return 0
+
+
+@app.command(name="eval")
+def evaluate(
+    circuit: Path,
+    *,
+    model: str | None = None,
+    task: str | None = None,
+    examples: int | None = None,
+    seed: int | None = None,
+    ablation: Ablation | None = None,
+    sizes: bool = False,
+    plot: Path | None = None,
+    device: str | None = None,
+    dtype: Dtype = "auto",
+    json_output: JsonFlag = False,
+) -> int:
+    """Judge a circuit that `pahq find` made, on its pairs and on held-out ones.
+
+    Args:
+        circuit: Folder.
+        model: Folder or name on the hub; by default that of the circuit.
+        task: By default that of the circuit.
+        examples: Pairs; by default as many as the circuit was found on.
+        seed: Of the pairs; by default that of the circuit.
+        ablation: What absent edges carry; by default what they carried.
+        sizes: Also measure circuits of growing size by the scores: CPR and CMD of MIB. All edges
+            must have scores, as those of eap, eap-ig and exact.
+        plot: Picture of them, .svg or .png; needs pip install 'pahq[plot]'.
+        device: Where to load the model; by default a GPU if there is one.
+        dtype: Of the weights; auto takes what the checkpoint has.
+        json_output: Print JSON.
+    """
+    from pahq.circuit import Circuit
+    from pahq.evaluation import cpr_cmd, plot_curve
+
+    found = Circuit.from_pretrained(circuit)
+    known = found.provenance
+    for key, value in (("name", model), ("task_source", task), ("examples", examples),
+                       ("task_seed", seed)):  # fmt: skip
+        if value is not None:
+            known[key] = value
+        elif key not in known:
+            flag = {"name": "model", "task_source": "task", "task_seed": "seed"}.get(key, key)
+            raise ValueError(f"--{flag}: {circuit} does not say; give it")
+    kv = "grouped" if found.graph.key_heads < found.graph.heads else "per_query_head"
+    finder, tokenizer = _finder(known["name"], device, dtype, kv)
+    absent = ablation or known.get("ablation", "patch")
+    report = _judged(finder, tokenizer, found, absent, progress=not json_output)
+    result = report.to_dict()
+    curve = None
+    if sizes:
+        held = _held_out(known, tokenizer)
+        curve = cpr_cmd(finder, found, held, ablation=absent, progress=not json_output)
+        result["sizes"] = curve.to_dict()
+        if plot is not None:
+            plot_curve(curve, plot)
+    if json_output:
+        return print_json(result)
+    print(report)
+    if curve is not None:
+        print(f"\n{curve}")
+    return 0
+
+
+@app.command
+def compare(first: Path, second: Path, *, json_output: JsonFlag = False) -> int:
+    """Say what two circuits of one model share.
+
+    Args:
+        first: Folder.
+        second: Folder.
+        json_output: Print JSON.
+    """
+    from pahq.circuit import Circuit
+
+    a, b = Circuit.from_pretrained(first), Circuit.from_pretrained(second)
+    both, weights = a & b, [c.provenance.get("weights") for c in (a, b)]
+    result = {
+        "first": len(a), "second": len(b), "both": len(both), "jaccard": a.jaccard(b),
+        "same_weights": None if None in weights else weights[0] == weights[1],
+        "only_first": list((a - b).edges()), "only_second": list((b - a).edges()),
+    }  # fmt: skip
+    if json_output:
+        return print_json(result)
+    rows = [("edges of the first", f"{len(a):,}"), ("edges of the second", f"{len(b):,}"),
+            ("edges of both", f"{len(both):,}"), ("Jaccard", f"{a.jaccard(b):.3f}")]  # fmt: skip
+    if result["same_weights"] is not None:
+        rows.append(("found with the same weights", "yes" if result["same_weights"] else "no"))
+    print_table(rows)
+    for title, one in (("only in the first", a - b), ("only in the second", b - a)):
+        names = list(one.edges())
+        more = f" and {len(names) - 20:,} more" if len(names) > 20 else ""
+        print(f"{title}: {', '.join(names[:20]) or 'none'}{more}")
+    return 0
+
+
+@app.command
+def draw(circuit: Path, out: Path, *, top: int | None = None) -> int:
+    """Draw a circuit: .html to explore, .svg to look at, .dot for graphviz.
+
+    Args:
+        circuit: Folder.
+        out: File; its ending says what it is.
+        top: Draw the edges with the highest scores only; a picture of thousands shows nothing.
+    """
+    from shared_kernels.files import write_text
+
+    from pahq import drawing
+    from pahq.circuit import Circuit
+
+    makers = {".html": drawing.to_html, ".svg": drawing.to_svg, ".dot": drawing.to_dot}
+    if out.suffix not in makers:
+        raise ValueError(f"OUT: expected a file with .html, .svg or .dot, got {out}")
+    found = Circuit.from_pretrained(circuit)
+    if top is not None:
+        found = found.top(top)
+    write_text(out, makers[out.suffix](found))
+    print(f"{len(found):,} edges in {out}")
+    return 0
+
+
+@app.command
+def convert(
+    source: Path, out: Path, *, to: Form, form: Form = "folder", d_model: int | None = None,
+    like: Path | None = None,
+) -> int:  # fmt: skip
+    """Turn a circuit into the file of another program, or such a file into a circuit.
+
+    Args:
+        source: Folder, or file.
+        out: New folder, or file.
+        to: mib-json and mib-pt are those of EAP-IG and of the MIB leaderboard, auto-circuit has
+            prune scores as safetensors, folder is that of `pahq find`.
+        form: Of the source.
+        d_model: Width of the residual stream, which MIB's files tell; known of circuits that were
+            found here.
+        like: Folder of a circuit of the same model, for auto-circuit files, which do not tell it.
+    """
+    from pahq import formats
+    from pahq.circuit import Circuit
+
+    if form == "folder":
+        found = Circuit.from_pretrained(source)
+    elif form == "auto-circuit":
+        if like is None:
+            raise ValueError(
+                "--like: auto-circuit files do not tell the model; give a circuit of it"
+            )
+        graph = formats.per_query_head(Circuit.from_pretrained(like)).graph
+        found = formats.load_auto_circuit(source, graph)
+    else:
+        read = formats.from_mib_json if form == "mib-json" else formats.from_mib_pt
+        found = read(source)
+    if to == "folder":
+        found.save_pretrained(out)
+    elif to == "auto-circuit":
+        formats.save_auto_circuit(found, out)
+    else:
+        width = d_model or found.provenance.get("d_model")
+        if width is None:
+            raise ValueError(f"--d-model: {source} does not tell it; give the model's hidden size")
+        write = formats.to_mib_json if to == "mib-json" else formats.to_mib_pt
+        write(found, out, d_model=int(width))
+    print(f"{len(found):,} edges in {out}")
+    return 0
+
+
+@app.command
+def tasks(
+    *,
+    model: str | None = None,
+    examples: int = 16,
+    seed: int = 0,
+    device: str | None = None,
+    dtype: Dtype = "auto",
+    json_output: JsonFlag = False,
+) -> int:
+    """List the tasks; with a model, how well it does each.
+
+    Args:
+        model: Folder or name on the Hugging Face hub.
+        examples: Pairs of each.
+        seed: Of the pairs.
+        device: Where to load the model; by default a GPU if there is one.
+        dtype: Of the weights; auto takes what the checkpoint has.
+        json_output: Print JSON.
+    """
+    from pahq.tasks import NAMES, baseline, make
+
+    found: dict[str, Any] = {name: {"about": about} for name, about in NAMES.items()}
+    if model is not None:
+        loaded, tokenizer = _load(model, device, dtype)
+        for name, entry in found.items():
+            try:
+                entry |= baseline(loaded, make(name, tokenizer, examples, seed))
+            except ValueError as error:
+                entry["refused"] = str(error)
+    if json_output:
+        return print_json(found)
+    rows = []
+    for name, entry in found.items():
+        row = [name, entry["about"]]
+        if model is not None:
+            share = entry.get("pairwise", entry.get("top1"))
+            row.append("refused" if share is None else f"{share:.0%}")
+        rows.append(tuple(row))
+    titles = ("task", "what", "right")[: 2 if model is None else 3]
+    print_table(rows, titles)
+    for name, entry in found.items():
+        if "refused" in entry:
+            print(f"{name}: {entry['refused']}")
+    return 0
+
+
+@app.command
+def doctor(
+    model: str,
+    *,
+    task: str = "ioi",
+    examples: int = 16,
+    device: str | None = None,
+    dtype: Dtype = "auto",
+    json_output: JsonFlag = False,
+) -> int:
+    """Say whether a model can be searched, and about how long that will take here.
+
+    The exit status is 1 if the model is refused.
+
+    Args:
+        model: Folder or name on the Hugging Face hub.
+        task: A name, or a file of pairs.
+        examples: Pairs.
+        device: Where to load it; by default a GPU if there is one.
+        dtype: Of the weights; auto takes what the checkpoint has.
+        json_output: Print JSON.
+    """
+    from shared_kernels.units import format_bytes
+
+    from pahq.errors import UnsupportedModelError
+
+    try:
+        finder, tokenizer = _finder(model, device, dtype, "grouped")
+    except UnsupportedModelError as error:
+        if json_output:
+            print_json({"name": model, "works": False, "refused": str(error)})
+        else:
+            print(f"It cannot be searched: {error}")
+        return 1
+    graph, pairs = finder.graph, _task(task, tokenizer, examples, 0)
+    begin = time.perf_counter()
+    finder.executor.plain(pairs.clean.to(finder.adapter.device))
+    seconds = time.perf_counter() - begin
+    size = pairs.clean.numel() * int(finder.model.config.get_text_config().hidden_size)
+    held = size * (2 * graph.senders + graph.receivers) * finder.adapter.dtype.itemsize
+    result = {
+        "name": model, "works": True, "edges": graph.edges, "senders": graph.senders,
+        "receivers": graph.receivers, "plain_seconds": seconds, "state_bytes": held,
+        "one_by_one_seconds": seconds * graph.edges,
+    }  # fmt: skip
+    if json_output:
+        return print_json(result)
+    print_table(
+        [
+            ("logits are the model's", "yes"),
+            ("edges", f"{graph.edges:,} from {graph.senders:,} senders"),
+            ("a run of the pairs", f"{seconds:.2f} s"),
+            ("a run for each edge would be", f"{seconds * graph.edges / 3600:.1f} h at most"),
+            ("what a search holds", format_bytes(held) + " and the rows of a batch"),
+        ]
+    )
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    return run_app(app, argv)
+
+
+def _version() -> str:
+    from pahq._version import __version__
+
+    return __version__
+
+
+def _load(name: str, device: str | None, dtype: str) -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(chosen).eval()
+    return model, AutoTokenizer.from_pretrained(name)
+
+
+def _finder(name: str, device: str | None, dtype: str, kv: str) -> tuple[CircuitFinder, Any]:
+    from pahq.finder import CircuitFinder
+
+    model, tokenizer = _load(name, device, dtype)
+    return CircuitFinder(model, kv=kv), tokenizer
+
+
+def _task(task: str, tokenizer: Any, examples: int, seed: int, *, held_out: bool = False) -> Task:
+    """Return pairs by name or of a file; held-out ones have another seed, or come after those."""
+    from pahq.tasks import NAMES, from_pairs, make
+
+    if examples < 1:
+        raise ValueError(f"--examples: expected at least 1, got {examples}")
+    if task in NAMES:
+        return make(task, tokenizer, examples, seed + 1 if held_out else seed)
+    path = Path(task)
+    if not path.is_file():
+        listed = ", ".join(NAMES)
+        raise ValueError(f"--task: expected one of {listed}, or a file of pairs, got {task}")
+    lines = [
+        _pair(path, number, line) for number, line in enumerate(path.open(encoding="utf-8"), 1)
+    ]
+    chosen = lines[examples : 2 * examples] if held_out else lines[:examples]
+    wrong = [line["wrong_answer"] for line in chosen if "wrong_answer" in line]
+    return from_pairs(
+        tokenizer, *([line[key] for line in chosen] for key in ("clean", "corrupted", "answer")),
+        wrong if len(wrong) == len(chosen) else None, name=path.stem,
+    )  # fmt: skip
+
+
+def _pair(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+        if all(isinstance(found[key], str) for key in ("clean", "corrupted")) and found["answer"]:
+            return found
+    except (json.JSONDecodeError, KeyError, TypeError):
+        pass
+    raise ValueError(
+        f"--task: {path} line {number}: expected "
+        '{"clean": "...", "corrupted": "...", "answer": " ...", "wrong_answer": " ..."}, '
+        f"got {line.strip()[:80]!r}"
+    )
+
+
+def _held_out(known: dict[str, Any], tokenizer: Any) -> Task:
+    return _task(known["task_source"], tokenizer, known["examples"], known["task_seed"],
+                 held_out=True)  # fmt: skip
+
+
+def _judged(
+    finder: CircuitFinder, tokenizer: Any, found: Circuit, ablation: str, *, progress: bool
+) -> Any:
+    from pahq.evaluation import faithfulness
+    from pahq.tasks import NAMES
+
+    known = found.provenance
+    pairs = _task(known["task_source"], tokenizer, known["examples"], known["task_seed"])
+    held = None
+    try:
+        held = _held_out(known, tokenizer)
+    except ValueError:
+        # a file may have no more pairs than it was found on
+        if known["task_source"] in NAMES:
+            raise
+    return faithfulness(finder, found, pairs, held_out=held, ablation=ablation, progress=progress)
+
+
+def _forget(folder: Path) -> None:
+    """Delete what a search that has ended wrote down."""
+    from pahq.progress import FILE
+
+    (folder / FILE).unlink(missing_ok=True)
+    if folder.is_dir():
+        folder.rmdir()
