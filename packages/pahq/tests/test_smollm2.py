@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from pahq import CircuitFinder, Graph, Task, tasks
+from pahq import CircuitFinder, Task, tasks
+from pahq.acdc import Acdc
 from tenfold.assets import smollm2
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -64,13 +65,15 @@ def test_pairs(tokenizer):
 
 
 @pytest.mark.slow
-def test_the_last_layer_of_a_circuit(model, tokenizer, monkeypatch):
+def test_the_last_layer_of_a_circuit(model, tokenizer):
     """Decisions about the logits and the last MLP, against whole runs one edge at a time."""
     task, finder = tasks.ioi(tokenizer, 2), CircuitFinder(model)
     assert finder.graph.edges == 70_651
     order = [*finder.graph.order()][:2]
-    monkeypatch.setattr(Graph, "order", lambda self: iter(order))
-    found = finder.acdc(task, 0.01, progress=False)
+    state, measure = finder._begin(task, "kl", "patch", 64)
+    search = Acdc(state, measure, 0.01, rows=64)
+    for receiver in order:
+        search._receiver(receiver)
     graph, executor = finder.graph, finder.executor
     base = executor.plain(task.corrupted)
     whole = executor.plain(task.clean).final
@@ -100,6 +103,6 @@ def test_the_last_layer_of_a_circuit(model, tokenizer, monkeypatch):
                 now = after
             else:
                 present[sender, receiver] = True
-    assert torch.equal(found.present[:, order], present[:, order])
+    assert torch.equal(state.present[:, order], present[:, order])
     assert 5 < int(present[:, order].sum()) < 200
-    assert found.provenance["batches"] < found.provenance["tested"] / 3
+    assert search.found.batches < search.found.tested / 3
