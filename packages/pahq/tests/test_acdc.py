@@ -11,12 +11,12 @@ from pahq import Circuit, CircuitFinder, Graph, Task, UnsupportedModelError
 from pahq.acdc import Acdc
 from pahq.metrics import Metric
 from shared_kernels.testing.models import tiny_model
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))
 from patching_cases import circuit_of, lively, logits, pairs
 
-FAMILIES = ["llama", "qwen3", "mistral", "gpt2"]
+FAMILIES = ["llama", "qwen3", "mistral", "gpt2", "gpt_neox"]
 
 
 @pytest.mark.parametrize("kv", ["grouped", "per_query_head"])
@@ -27,6 +27,29 @@ def test_all_edges_are_the_model_and_none_the_corrupted_run(name, kv):
     full = torch.from_numpy(finder.graph.full())
     for present, ids in ((full, task.clean), (torch.zeros_like(full), task.corrupted)):
         found = finder.run(circuit_of(finder.graph, present), task.clean, task.corrupted)
+        torch.testing.assert_close(found, logits(model, ids), rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
+def test_gpt_neox_with_mlps_beside_or_behind_heads(together, share):
+    torch.manual_seed(0)
+    shape = {
+        "vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "max_position_embeddings": 64,
+    }  # fmt: skip
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": share}
+    config = GPTNeoXConfig(**shape, use_parallel_residual=together, rope_parameters=rope)
+    model = GPTNeoXForCausalLM(config).double().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    finder, task = CircuitFinder(model), pairs()
+    assert finder.graph.parallel is together
+    for ids, present in ((task.clean, finder.graph.full()), (task.corrupted, None)):
+        edges = torch.zeros(finder.graph.senders, finder.graph.receivers).bool()
+        edges = edges if present is None else torch.from_numpy(present)
+        found = finder.run(circuit_of(finder.graph, edges), task.clean, task.corrupted)
         torch.testing.assert_close(found, logits(model, ids), rtol=0, atol=1e-11)
 
 
@@ -64,7 +87,7 @@ def literally(finder, present, clean, corrupted):
 
 
 @pytest.mark.parametrize("kv", ["grouped", "per_query_head"])
-@pytest.mark.parametrize("name", ["qwen3", "gpt2"])
+@pytest.mark.parametrize("name", ["qwen3", "gpt2", "gpt_neox"])
 def test_circuits_are_what_recursion_says(name, kv):
     model, task = lively(name), pairs(n=2, size=6)
     finder = CircuitFinder(model, kv=kv)
@@ -129,6 +152,7 @@ def sequential(finder, task, metric, threshold, absolute=False, skip=True):
 
 @pytest.mark.parametrize(("name", "kv"), [
     ("llama", "grouped"), ("llama", "per_query_head"), ("qwen3", "grouped"), ("gpt2", "grouped"),
+    ("gpt_neox", "grouped"),
 ])  # fmt: skip
 def test_decisions_are_those_of_the_sequential_algorithm(name, kv):
     model, task = lively(name), pairs()

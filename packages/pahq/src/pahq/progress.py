@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialized
+from shared_kernels.files import write_bytes
 
 from pahq.errors import ResumeError
 
@@ -33,7 +33,6 @@ def save(folder: Path, search: Acdc, layer: int, key: dict[str, Any]) -> None:
         layer: The last one that is decided.
         key: What the search depends on.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     graph, found = search.graph, search.found
     effects = torch.full((graph.senders, graph.receivers), float("nan"), dtype=torch.float64)
     for edge, effect in found.effects.items():
@@ -44,11 +43,7 @@ def save(folder: Path, search: Acdc, layer: int, key: dict[str, Any]) -> None:
     counts = {name: value for name, value in asdict(found).items() if name in _COUNTS}
     document = {"key": key, "layer": layer, "value": found.value, "counts": counts}
     tensors = {"present": search.state.present, "effects": effects, "direct": direct}
-    made = folder / f".{FILE}"
-    save_file(tensors, made, metadata={"pahq": json.dumps(document)})
-    with made.open("rb") as file:
-        os.fsync(file.fileno())
-    made.replace(folder / FILE)
+    write_bytes(folder / FILE, serialized(tensors, metadata={"pahq": json.dumps(document)}))
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pahq.adapters.gpt2 import GPT2Adapter
+from pahq.adapters.gpt_neox import GPTNeoXAdapter
 from pahq.adapters.llama import LlamaAdapter
 from pahq.errors import UnsupportedModelError
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 ADAPTERS: Mapping[str, type[Adapter]] = {
     "gpt2": GPT2Adapter,
+    "gpt_neox": GPTNeoXAdapter,
     "llama": LlamaAdapter,
     "mistral": LlamaAdapter,
     "qwen2": LlamaAdapter,

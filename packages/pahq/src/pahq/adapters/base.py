@@ -144,6 +144,15 @@ class Adapter(abc.ABC):
         return logits if cap is None else cap * (logits / cap).tanh()
 
 
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return the first ``r`` of d dimensions turned by angles ``(T, r)``, as pairs of halves."""
+    size = cos.shape[-1]
+    first, rest = x[..., :size], x[..., size:]
+    half = size // 2
+    first = first * cos + torch.cat([-first[..., half:], first[..., :half]], -1) * sin
+    return torch.cat([first, rest], -1) if rest.shape[-1] else first
+
+
 def modules_as(dtype: torch.dtype, module: Any, x: Tensor) -> Tensor:
     """Call a module whose parameters may have fewer bits on activations of ``dtype``."""
     first = next(module.parameters(), None)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pahq.adapters.base import Adapter, modules_as
+from pahq.adapters.base import Adapter, modules_as, turned
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,9 +69,7 @@ class LlamaAdapter(Adapter):
             index = torch.arange(size, device=x.device)[None]
             cos, sin = self.model.model.rotary_emb(x[:1].reshape(1, -1, x.shape[-1]), index)
             self._turns[size] = cos[0].to(self.dtype), sin[0].to(self.dtype)
-        cos, sin = self._turns[size]
-        half = x.shape[-1] // 2
-        return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
+        return turned(x, *self._turns[size])
 
     def mlp(self, layer: int, x: Tensor) -> Tensor:
         """Return what an MLP writes."""

@@ -1,12 +1,14 @@
-"""Files of tensors: replaced as a whole, and not read if too large."""
+"""Files that are not read if too large."""
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from shared_kernels._checks import message
+
+if TYPE_CHECKING:
+    import os
 
 #: Bytes of a file that is read. All edges of a model of 126 layers of 128 heads do not fit.
 LARGEST = 2 << 30
@@ -23,26 +25,3 @@ def check_size(path: str | os.PathLike[str]) -> None:
     if size > LARGEST:
         remedy = f"write fewer edges to {Path(path).name}, or use Circuit.save_pretrained"
         raise ValueError(message("path", f"a file of at most {LARGEST} bytes", size, remedy))
-
-
-def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file so that a reader sees the old one or the new one, never half of it.
-
-    The bytes are on the disk when this returns. Folders that are missing are made.
-    """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp's files are for their owner only
-        mask = os.umask(0)
-        os.umask(mask)
-        Path(name).chmod(0o666 & ~mask)
-        Path(name).replace(target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

@@ -24,10 +24,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from shared_kernels._checks import check_choice, message
+from shared_kernels.files import write_bytes
 from torch import Tensor
 
 from pahq.circuit import Circuit
-from pahq.formats._files import check_size, write_bytes
+from pahq.formats._files import check_size
 from pahq.formats.heads import grouped, per_query_head
 from pahq.graph import Graph
 

@@ -31,11 +31,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from shared_kernels._checks import check_range, message
-from shared_kernels.files import write_text
+from shared_kernels.files import write_bytes, write_text
 from torch import Tensor
 
 from pahq.circuit import Circuit
-from pahq.formats._files import check_size, write_bytes
+from pahq.formats._files import check_size
 from pahq.formats.heads import per_query_head
 from pahq.graph import Graph
 
