@@ -77,6 +77,9 @@ def test_find_and_judge(tiny, tmp_path, capsys):
     assert report["task"]["circuit"]["kl"] == pytest.approx(circuit.provenance["value"], rel=1e-3)
     assert circuit.provenance["task_source"] == "ioi"
     assert not (tmp_path / "circuit.search").exists()
+    code, printed = run(capsys, "eval", out, "--plot", tmp_path / "x.svg")
+    assert code == 2
+    assert "--plot" in printed.err
     code, printed = run(capsys, "find", tiny, "--out", out)
     assert code == 2
     assert "is not empty" in printed.err
@@ -128,12 +131,21 @@ def test_pairs_of_a_file(tiny, tmp_path, capsys):
     path = tmp_path / "pairs.jsonl"
     line = {"clean": "one two three", "corrupted": "one six three", "answer": " four",
             "wrong_answer": " five"}  # fmt: skip
-    path.write_text((json.dumps(line) + "\n") * 3)
+    other = line | {"clean": "one nine three"}
+    path.write_text("".join(json.dumps(x) + "\n" for x in (line, line, other, line)))
     out = tmp_path / "circuit"
     assert find(tiny, out, "--task", path, "--json", "--threshold", 1e-5) == 0
     found = json.loads(capsys.readouterr().out)
-    # the third pair is left for judging
+    # the third pair is left for judging; the fourth is among the first
     assert found["faithfulness"]["held_out"]["pairs"] == 1
+    path.write_text((json.dumps(line) + "\n") * 3)
+    assert find(tiny, tmp_path / "all", "--task", path, "--json", "--threshold", 1e-5) == 0
+    assert json.loads(capsys.readouterr().out)["faithfulness"]["held_out"] is None
+    # a pair that is left for judging and is wrong is refused before work starts
+    path.write_text("".join(json.dumps(x) + "\n" for x in (line, line, line | {"clean": "one"})))
+    assert find(tiny, tmp_path / "no", "--task", path, "--threshold", 1e-5) == 2
+    assert not (tmp_path / "no.search").exists()
+    assert "as many tokens" in capsys.readouterr().err
     path.write_text(json.dumps(line) + "\n{}\n")
     code, printed = run(capsys, "find", tiny, "--out", tmp_path / "no", "--task", path)
     assert code == 2
@@ -188,6 +200,9 @@ def test_tasks_and_doctor(tiny, tmp_path, capsys):
 @pytest.mark.parametrize(("options", "match"), [
     (("--task", "poetry"), "--task"), (("--top", 3), "--top"), (("--examples", 0), "--examples"),
     (("--method", "eap", "--ablation", "zero"), "--ablation"),
+    (("--method", "eap", "--threshold", 0.1), "--threshold"), (("--ig-steps", 3), "--ig-steps"),
+    (("--method", "exact", "--direct-edges"), "--direct-edges"),
+    (("--method", "exact", "--order", "reverse"), "--order"),
 ])  # fmt: skip
 def test_bad_options(tiny, tmp_path, capsys, options, match):
     code, printed = run(capsys, "find", tiny, "--out", tmp_path / "x", *options)

@@ -339,6 +339,18 @@ def test_what_was_begun_otherwise_does_not_go_on(tmp_path):
         finder.acdc(task, 2e-3, resume_from=tmp_path / "run", progress=False)
 
 
+def test_what_is_no_search_is_refused_before_work(tmp_path):
+    finder, task = CircuitFinder(lively("gpt2")), pairs()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ResumeError, match="expected a folder"):
+        finder.acdc(task, 2e-3, resume_from=tmp_path / "file", progress=False)
+    finder.acdc(task, 2e-3, resume_from=tmp_path / "run", progress=False)
+    path = tmp_path / "run" / "search.safetensors"
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ResumeError, match="is damaged"):
+        finder.acdc(task, 2e-3, resume_from=tmp_path / "run", progress=False)
+
+
 def test_circuits_know_their_weights():
     model = lively("gpt2")
     finder, task = CircuitFinder(model), pairs()

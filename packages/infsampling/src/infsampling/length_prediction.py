@@ -112,7 +112,8 @@ class OracleLengths:
     """Knows the lengths, for tests and simulations.
 
     Args:
-        lengths: Of the samples of each prompt, in the order of the prompts.
+        lengths: Of the samples of each prompt, in the order of the prompts, all of which must be
+            held at once (`SamplingConfig.max_resident_prompts`).
     """
 
     def __init__(self, lengths: Sequence[Sequence[float]]) -> None:

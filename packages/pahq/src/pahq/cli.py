@@ -7,7 +7,6 @@ before it runs.
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,7 +15,6 @@ from cyclopts import App
 from shared_kernels.console import JsonFlag, print_json, print_table, run_app
 
 if TYPE_CHECKING:
-    from pahq.circuit import Circuit
     from pahq.finder import CircuitFinder
     from pahq.tasks import Task
 
@@ -43,13 +41,13 @@ def find(
     examples: int = 16,
     seed: int = 0,
     method: Method = "acdc",
-    threshold: float = 0.01,
+    threshold: float | None = None,
     metric: Metric | None = None,
     ablation: Ablation = "patch",
     direct_edges: bool = False,
     order: Literal["acdc", "reverse", "shuffle"] = "acdc",
     top: int | None = None,
-    ig_steps: int = 5,
+    ig_steps: int | None = None,
     max_rows: int = 64,
     kv: Literal["grouped", "per_query_head"] = "grouped",
     min_accuracy: float = 0.5,
@@ -72,13 +70,13 @@ def find(
         examples: Pairs of clean and corrupted prompts; of a file, the first ones.
         seed: Of the pairs, and of the order where it is shuffle.
         method: acdc decides; eap and eap-ig score by gradients, exact by removing each edge alone.
-        threshold: Of acdc, tau.
+        threshold: Of acdc, tau; 0.01 by default.
         metric: What removals may not raise; kl by default, and logit_diff for eap.
         ablation: What absent edges carry.
         direct_edges: First try all edges into a query, key or value at once, as the authors' code.
         order: In which acdc tries the edges into a receiver: nearest senders first, farthest, any.
         top: Edges to keep by score.
-        ig_steps: Of eap-ig.
+        ig_steps: Of eap-ig; 5 by default.
         max_rows: Removals tried in one batch.
         kv: Whether query heads that share keys share their edges.
         min_accuracy: A task that the model does less often than this is refused.
@@ -87,29 +85,38 @@ def find(
         dtype: Of the weights; auto takes what the checkpoint has.
         json_output: Print JSON.
     """
+    from pahq.evaluation import faithfulness
     from pahq.tasks import baseline
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out: {out} exists and is not empty; choose another folder")
-    if top is not None and method == "acdc":
-        raise ValueError("--top: acdc has a threshold; give --method eap-ig, or leave it out")
     if method in ("eap", "eap-ig") and ablation != "patch":
         raise ValueError(f"--ablation: gradients know patch only, got {ablation}")
+    for flag, given, owner in (
+        ("--threshold", threshold is not None, "acdc"), ("--direct-edges", direct_edges, "acdc"),
+        ("--order", order != "acdc", "acdc"), ("--ig-steps", ig_steps is not None, "eap-ig"),
+    ):  # fmt: skip
+        if given and method != owner:
+            raise ValueError(f"{flag}: only {owner} has it, and --method is {method}")
+    if top is not None and method == "acdc":
+        raise ValueError("--top: acdc has a threshold; give --method eap-ig, or leave it out")
     finder, tokenizer = _finder(model, device, dtype, kv)
     pairs = _task(task, tokenizer, examples, seed)
+    held = _held_out(pairs, task, tokenizer, examples, seed) if judge else None
     able = baseline(finder.model, pairs, min_accuracy=min_accuracy)
     begun = out.with_name(out.name + ".search")
     begin = time.perf_counter()
     if method == "acdc":
         found = finder.acdc(
-            pairs, threshold, metric=metric or "kl", ablation=ablation, direct_edges=direct_edges,
-            order=order, seed=seed, max_rows=max_rows, resume_from=begun,
+            pairs, 0.01 if threshold is None else threshold, metric=metric or "kl",
+            ablation=ablation, direct_edges=direct_edges, order=order, seed=seed,
+            max_rows=max_rows, resume_from=begun,
         )  # fmt: skip
     elif method == "exact":
         found = finder.edge_effects(pairs, metric=metric or "kl", ablation=ablation,
                                     max_rows=max_rows)  # fmt: skip
     else:
-        steps = ig_steps if method == "eap-ig" else 0
+        steps = (5 if ig_steps is None else ig_steps) if method == "eap-ig" else 0
         found = finder.eap(pairs, metric=metric or ("kl" if steps else "logit_diff"),
                            ig_steps=steps)  # fmt: skip
     seconds = time.perf_counter() - begin
@@ -131,7 +138,9 @@ def find(
     }  # fmt: skip
     report = None
     if judge and len(found):
-        report = _judged(finder, tokenizer, found, ablation, progress=not json_output)
+        report = faithfulness(
+            finder, found, pairs, held_out=held, ablation=ablation, progress=not json_output
+        )
         result["faithfulness"] = report.to_dict()
     if json_output:
         return print_json(result)
@@ -176,8 +185,10 @@ def evaluate(
         json_output: Print JSON.
     """
     from pahq.circuit import Circuit
-    from pahq.evaluation import cpr_cmd, plot_curve
+    from pahq.evaluation import cpr_cmd, faithfulness, plot_curve
 
+    if plot is not None and not sizes:
+        raise ValueError("--plot: draws what --sizes measures; give both")
     found = Circuit.from_pretrained(circuit)
     known = found.provenance
     for key, value in (("name", model), ("task_source", task), ("examples", examples),
@@ -190,12 +201,16 @@ def evaluate(
     kv = "grouped" if found.graph.key_heads < found.graph.heads else "per_query_head"
     finder, tokenizer = _finder(known["name"], device, dtype, kv)
     absent = ablation or known.get("ablation", "patch")
-    report = _judged(finder, tokenizer, found, absent, progress=not json_output)
+    source = known["task_source"], tokenizer, known["examples"], known["task_seed"]
+    pairs = _task(*source)
+    held = _held_out(pairs, *source)
+    report = faithfulness(
+        finder, found, pairs, held_out=held, ablation=absent, progress=not json_output
+    )
     result = report.to_dict()
     curve = None
     if sizes:
-        held = _held_out(known, tokenizer)
-        curve = cpr_cmd(finder, found, held, ablation=absent, progress=not json_output)
+        curve = cpr_cmd(finder, found, held or pairs, ablation=absent, progress=not json_output)
         result["sizes"] = curve.to_dict()
         if plot is not None:
             plot_curve(curve, plot)
@@ -443,64 +458,35 @@ def _finder(name: str, device: str | None, dtype: str, kv: str) -> tuple[Circuit
     return CircuitFinder(model, kv=kv), tokenizer
 
 
-def _task(task: str, tokenizer: Any, examples: int, seed: int, *, held_out: bool = False) -> Task:
-    """Return pairs by name or of a file; held-out ones have another seed, or come after those."""
-    from pahq.tasks import NAMES, from_pairs, make
+def _task(task: str, tokenizer: Any, examples: int, seed: int) -> Task:
+    """Return pairs by name, or the first ones of a file."""
+    from pahq.tasks import NAMES, make
+    from pahq.tasks.files import read_pairs
 
     if examples < 1:
         raise ValueError(f"--examples: expected at least 1, got {examples}")
     if task in NAMES:
-        return make(task, tokenizer, examples, seed + 1 if held_out else seed)
-    path = Path(task)
-    if not path.is_file():
+        return make(task, tokenizer, examples, seed)
+    if not Path(task).is_file():
         listed = ", ".join(NAMES)
         raise ValueError(f"--task: expected one of {listed}, or a file of pairs, got {task}")
-    lines = [
-        _pair(path, number, line) for number, line in enumerate(path.open(encoding="utf-8"), 1)
-    ]
-    chosen = lines[examples : 2 * examples] if held_out else lines[:examples]
-    wrong = [line["wrong_answer"] for line in chosen if "wrong_answer" in line]
-    return from_pairs(
-        tokenizer, *([line[key] for line in chosen] for key in ("clean", "corrupted", "answer")),
-        wrong if len(wrong) == len(chosen) else None, name=path.stem,
-    )  # fmt: skip
+    return read_pairs(task, tokenizer, 0, examples)
 
 
-def _pair(path: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        found = json.loads(line)
-        if all(isinstance(found[key], str) for key in ("clean", "corrupted")) and found["answer"]:
-            return found
-    except (json.JSONDecodeError, KeyError, TypeError):
-        pass
-    raise ValueError(
-        f"--task: {path} line {number}: expected "
-        '{"clean": "...", "corrupted": "...", "answer": " ...", "wrong_answer": " ..."}, '
-        f"got {line.strip()[:80]!r}"
-    )
+def _held_out(pairs: Task, task: str, tokenizer: Any, examples: int, seed: int) -> Task | None:
+    """Return pairs that are not among those, or None where there are no others."""
+    from pahq.tasks import NAMES, make
+    from pahq.tasks.files import count_pairs, read_pairs
 
-
-def _held_out(known: dict[str, Any], tokenizer: Any) -> Task:
-    return _task(known["task_source"], tokenizer, known["examples"], known["task_seed"],
-                 held_out=True)  # fmt: skip
-
-
-def _judged(
-    finder: CircuitFinder, tokenizer: Any, found: Circuit, ablation: str, *, progress: bool
-) -> Any:
-    from pahq.evaluation import faithfulness
-    from pahq.tasks import NAMES
-
-    known = found.provenance
-    pairs = _task(known["task_source"], tokenizer, known["examples"], known["task_seed"])
-    held = None
-    try:
-        held = _held_out(known, tokenizer)
-    except ValueError:
-        # a file may have no more pairs than it was found on
-        if known["task_source"] in NAMES:
-            raise
-    return faithfulness(finder, found, pairs, held_out=held, ablation=ablation, progress=progress)
+    if task in NAMES:
+        found = make(task, tokenizer, examples, seed + 1)
+    elif count_pairs(task) <= examples:
+        return None
+    else:
+        found = read_pairs(task, tokenizer, examples, 2 * examples)
+    seen = {tuple(ids) for ids in pairs.clean.tolist()}
+    rows = [row for row, ids in enumerate(found.clean.tolist()) if tuple(ids) not in seen]
+    return found.select(rows) if rows else None
 
 
 def _forget(folder: Path) -> None:

@@ -159,12 +159,13 @@ class CircuitFinder:
                 nothing but the time.
             max_rows: Removals that are tried in one batch; fewer where they do not fit into memory.
             resume_from: A folder where the search is written down after every layer, and from where
-                it goes on if it was stopped.
+                it goes on if it was stopped. A metric of one's own is known by its name only.
             progress: Whether to show a bar.
 
         Raises:
             ValueError: A threshold that is not positive, another metric, or fewer than one row.
-            ResumeError: The folder has a search with another model, task or setting.
+            ResumeError: The folder has a search with another model, task or setting, or a damaged
+                one.
             FloatingPointError: The metric is not finite.
             MemoryError: Not even one removal fits into memory.
         """

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialized
 from shared_kernels.files import write_bytes
 
@@ -51,14 +51,22 @@ def load(folder: Path, search: Acdc, key: dict[str, Any]) -> int | None:
     """Continue a search from what was written, and return the last decided layer; None for none.
 
     Raises:
-        ResumeError: It was begun with another model, task or setting.
+        ResumeError: It was begun with another model, task or setting, the file is damaged, or the
+            folder is none.
     """
+    if folder.exists() and not folder.is_dir():
+        raise ResumeError(f"resume_from: expected a folder, got the file {folder}")
     path = folder / FILE
     if not path.exists():
         return None
-    with safe_open(path, "pt") as file:
-        document = json.loads(file.metadata()["pahq"])
-        tensors = {name: file.get_tensor(name) for name in ("present", "effects", "direct")}
+    try:
+        with safe_open(path, "pt") as file:
+            document = json.loads(file.metadata()["pahq"])
+            tensors = {name: file.get_tensor(name) for name in ("present", "effects", "direct")}
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ResumeError(
+            f"resume_from: {path} is damaged or something else ({error}); delete it to begin anew"
+        ) from error
     was = document["key"]
     differ = sorted(name for name in {*was, *key} if was.get(name) != key.get(name))
     if differ:

@@ -43,6 +43,7 @@ class Adapter(abc.ABC):
         self.device = first.device
         self.dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
         self.head = Head.of(model)
+        self._angles: dict[int, tuple[Tensor, Tensor]] = {}
 
     # --- to be given for a family --------------------------------------------------------------
 
@@ -75,6 +76,24 @@ class Adapter(abc.ABC):
     def rotate(self, layer: int, x: Tensor) -> Tensor:
         """Return queries or keys ``(n, ..., T, d)`` turned by their positions."""
         return x
+
+    def turned(self, rotary: Any, x: Tensor) -> Tensor:
+        """Return queries or keys turned by a rotary embedding of transformers, in pairs of halves.
+
+        Args:
+            rotary: Gives cosines and sines ``(1, T, r)``; the rest of the d dimensions stays.
+            x: ``(n, ..., T, d)``.
+        """
+        size = x.shape[-2]
+        if size not in self._angles:
+            index = torch.arange(size, device=x.device)[None]
+            cos, sin = rotary(x[:1].reshape(1, -1, x.shape[-1]), index)
+            self._angles[size] = cos[0].to(self.dtype), sin[0].to(self.dtype)
+        cos, sin = self._angles[size]
+        first, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+        half = first.shape[-1] // 2
+        first = first * cos + torch.cat([-first[..., half:], first[..., :half]], -1) * sin
+        return torch.cat([first, rest], -1) if rest.shape[-1] else first
 
     def head_norm(self, layer: int, part: str, x: Tensor) -> Tensor:
         """Normalise queries or keys of each head."""
@@ -142,15 +161,6 @@ class Adapter(abc.ABC):
         logits = modules_as(self.dtype, self.head.module, self.final_norm(x)) * self.head.scale
         cap = self.head.softcap
         return logits if cap is None else cap * (logits / cap).tanh()
-
-
-def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return the first ``r`` of d dimensions turned by angles ``(T, r)``, as pairs of halves."""
-    size = cos.shape[-1]
-    first, rest = x[..., :size], x[..., size:]
-    half = size // 2
-    first = first * cos + torch.cat([-first[..., half:], first[..., :half]], -1) * sin
-    return torch.cat([first, rest], -1) if rest.shape[-1] else first
 
 
 def modules_as(dtype: torch.dtype, module: Any, x: Tensor) -> Tensor:

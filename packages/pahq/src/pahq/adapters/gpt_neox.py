@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from pahq.adapters.base import Adapter, modules_as, turned
+from pahq.adapters.base import Adapter, modules_as
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +19,6 @@ class GPTNeoXAdapter(Adapter):
         self.heads = self.key_heads = model.config.num_attention_heads
         self.parallel = bool(model.config.use_parallel_residual)
         self.blocks = model.gpt_neox.layers
-        self._turns: dict[int, tuple[Tensor, Tensor]] = {}
 
     def embed(self, ids: Tensor) -> Tensor:
         """Return what enters the residual stream."""
@@ -54,12 +51,7 @@ class GPTNeoXAdapter(Adapter):
 
     def rotate(self, layer: int, x: Tensor) -> Tensor:
         """Turn the first dimensions of each head."""
-        size = x.shape[-2]
-        if size not in self._turns:
-            index = torch.arange(size, device=x.device)[None]
-            cos, sin = self.model.gpt_neox.rotary_emb(x[:1].reshape(1, -1, x.shape[-1]), index)
-            self._turns[size] = cos[0].to(self.dtype), sin[0].to(self.dtype)
-        return turned(x, *self._turns[size])
+        return self.turned(self.model.gpt_neox.rotary_emb, x)
 
     def mlp(self, layer: int, x: Tensor) -> Tensor:
         """Return what an MLP writes."""

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from pahq.adapters.base import Adapter, modules_as, turned
+from pahq.adapters.base import Adapter, modules_as
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +20,6 @@ class LlamaAdapter(Adapter):
         self.heads = config.num_attention_heads
         self.key_heads = config.num_key_value_heads
         self.blocks = model.model.layers
-        self._turns: dict[int, tuple[Tensor, Tensor]] = {}
 
     def embed(self, ids: Tensor) -> Tensor:
         """Return what enters the residual stream."""
@@ -64,12 +61,7 @@ class LlamaAdapter(Adapter):
 
     def rotate(self, layer: int, x: Tensor) -> Tensor:
         """Turn pairs of halves."""
-        size = x.shape[-2]
-        if size not in self._turns:
-            index = torch.arange(size, device=x.device)[None]
-            cos, sin = self.model.model.rotary_emb(x[:1].reshape(1, -1, x.shape[-1]), index)
-            self._turns[size] = cos[0].to(self.dtype), sin[0].to(self.dtype)
-        return turned(x, *self._turns[size])
+        return self.turned(self.model.model.rotary_emb, x)
 
     def mlp(self, layer: int, x: Tensor) -> Tensor:
         """Return what an MLP writes."""
