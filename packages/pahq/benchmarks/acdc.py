@@ -1,19 +1,113 @@
-"""ACDC on SmolLM2-135M-Instruct, seconds for each removal that is tried, in float32.
+"""ACDC on SmolLM2-135M-Instruct, seconds for each removal that is tried.
 
-``one run each`` is what a sequential search takes at least: the plain forward pass of transformers
-on the same pairs, without any hook, and the metric. ``one patched run each`` is the sequential
-search as it is defined, with this package's patched run. Both are timed on some removals, the
-search on all of them.
+``one run each`` is what a sequential search takes at least: the plain float32 forward pass of
+transformers on the same pairs, without any hook, and the metric. ``one patched run each`` is the
+sequential search as it is defined, with this package's patched run in float32. Both are timed on
+some removals, the search on all of them.
 """
 
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 import torch
 from shared_kernels.bench import Arm, Workload, benchmark
 
-EXAMPLES, THRESHOLD, LAYERS, TIMED = 4, 0.01, 3, 20
+if TYPE_CHECKING:
+    from pahq.acdc import Search
+
+THRESHOLD = 0.01
+
+
+class Case:
+    """A task, a model, and searches of it.
+
+    Args:
+        device: Of the model.
+        examples: Pairs of IOI.
+    """
+
+    def __init__(self, device: str, examples: int) -> None:
+        from pahq import CircuitFinder, tasks
+        from tenfold.assets import smollm2
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(smollm2())
+        self.model = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.float32)
+        self.model = self.model.eval().to(device)
+        self.task, self.finder = tasks.ioi(tokenizer, examples), CircuitFinder(self.model)
+        self.graph, self.clean = self.finder.graph, self.task.clean.to(device)
+        self.device = device
+        self.found: dict[str, Search] = {}
+        self.present: dict[str, torch.Tensor] = {}
+
+    def now(self) -> float:
+        """Return seconds, with nothing left to do."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def search(self, layers, precision="fp32", rows=64, budget=None, name=None):
+        """Return seconds for each removal of the layers' edges."""
+        from pahq.acdc import Acdc
+
+        settings = self.finder._settings(precision, rows, budget)
+        current, measure = self.finder._begin(self.task, "kl", "patch")
+        begin = self.now()
+        acdc = Acdc(current, measure, THRESHOLD, settings)
+        for layer in layers:
+            acdc.layer(layer)
+        spent = self.now() - begin
+        name = name or precision
+        self.found[name], self.present[name] = acdc.found, current.present
+        return spent / acdc.found.tested
+
+    @torch.no_grad()
+    def plain(self, count):
+        """Return seconds of a forward pass."""
+        begin = self.now()
+        for _ in range(count):
+            self.model(self.clean, use_cache=False).logits.log_softmax(-1)
+        return (self.now() - begin) / count
+
+    @torch.no_grad()
+    def patched(self, count):
+        """Return seconds of a patched run, each without another edge, drawn at random."""
+        from pahq.metrics import Metric
+
+        executor = self.finder.executor
+        base = executor.plain(self.task.corrupted.to(self.device))
+        measure = Metric("kl", self.finder.adapter, self.task, executor.plain(self.clean).final)
+        full = torch.from_numpy(self.graph.full())
+        edges = full.nonzero()
+        drawn = edges[torch.randperm(len(edges), generator=torch.Generator().manual_seed(0))]
+        begin = self.now()
+        for sender, receiver in drawn[:count].tolist():
+            present = full.clone()
+            present[sender, receiver] = False
+            measure(executor.run(present, self.clean, base).final[None]).tolist()
+        return (self.now() - begin) / count
+
+    def value(self, present):
+        """Return the metric of a circuit by one whole patched run."""
+        from pahq.metrics import Metric
+
+        executor = self.finder.executor
+        base = executor.plain(self.task.corrupted.to(self.device))
+        measure = Metric("kl", self.finder.adapter, self.task, executor.plain(self.clean).final)
+        with torch.no_grad():
+            return float(measure(executor.run(present, self.clean, base).final[None])[0])
+
+    def about(self, name="fp32"):
+        """Return what a search did."""
+        found = self.found[name]
+        return {
+            "model": "SmolLM2-135M-Instruct", "examples": len(self.clean),
+            "tokens": self.clean.shape[1], "threshold": THRESHOLD, "tested": found.tested,
+            "skipped": found.skipped, "kept": found.kept, "batches": found.batches,
+            "rows": found.rows,
+        }  # fmt: skip
 
 
 @benchmark
@@ -21,68 +115,73 @@ def cpu(device):
     """The last three layers: 13,816 edges."""
     if device != "cpu":
         return
-    from pahq import CircuitFinder, tasks
-    from pahq.acdc import Acdc
-    from tenfold.assets import smollm2
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(smollm2())
-    model = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.float32).eval()
-    task, finder = tasks.ioi(tokenizer, EXAMPLES), CircuitFinder(model)
-    graph, executor = finder.graph, finder.executor
-    layers = range(graph.layers, graph.layers - LAYERS - 1, -1)
+    case = Case("cpu", 4)
+    layers = range(case.graph.layers, case.graph.layers - 4, -1)
     edges = sum(
-        graph.upstream(r) for r in range(graph.receivers) if graph.place(r)[0] in layers
-    )  # fmt: skip
-    held = {}
+        case.graph.upstream(r)
+        for r in range(case.graph.receivers)
+        if case.graph.place(r)[0] in layers
+    )
 
-    def search():
-        state, measure = finder._begin(task, "kl", "patch", 32)
-        acdc = Acdc(state, measure, THRESHOLD, rows=32)
-        begin = time.perf_counter()
-        for layer in layers:
-            acdc.layer(layer)
-        held.update(found=acdc.found, state=state, measure=measure)
-        return (time.perf_counter() - begin) / acdc.found.tested
-
-    @torch.no_grad()
-    def plain():
-        begin = time.perf_counter()
-        for _ in range(TIMED):
-            model(task.clean, use_cache=False).logits.log_softmax(-1)
-        return (time.perf_counter() - begin) / TIMED
-
-    @torch.no_grad()
-    def patched():
-        state, measure = finder._begin(task, "kl", "patch", 32)
-        begin = time.perf_counter()
-        for sender in range(TIMED // 4):
-            present = state.present.clone()
-            present[sender, graph.logits] = False
-            measure(executor.run(present, task.clean, state.corrupted).final[None])
-        return (time.perf_counter() - begin) / (TIMED // 4)
-
-    @torch.no_grad()
     def check():
-        search()
-        found, state, measure = held["found"], held["state"], held["measure"]
-        again = executor.run(state.present, task.clean, state.corrupted)
-        assert abs(float(measure(again.final[None])[0]) - found.value) < 1e-5
+        case.search(layers)
+        found = case.found["fp32"]
+        assert abs(case.value(case.present["fp32"]) - found.value) < 1e-5
         assert found.tested + found.skipped == edges
         assert 0 < found.kept < found.tested
 
     check()
-    found = held["found"]
     yield Workload(
         name="acdc/last-three-layers", device=device, check=check, baseline="one run each",
-        clock="returned",
+        clock="returned", params={**case.about(), "edges": edges},
+        arms=[Arm(name="one run each", fn=lambda: case.plain(20)),
+              Arm(name="one patched run each", fn=lambda: case.patched(5)),
+              Arm(name="pahq", fn=lambda: case.search(layers))],
+    )  # fmt: skip
+
+
+@benchmark
+def whole(device):
+    """All 70,651 edges, on 64 pairs."""
+    if device != "cuda":
+        return
+    case = Case("cuda", 64)
+    layers = range(case.graph.layers, -1, -1)
+    names = ("fp32", "bf16-delta", "fp8-delta")
+    small = "bf16-delta, 512 MiB of rows"
+    differ = {}
+
+    def check():
+        for name in names:
+            case.search(layers, name)
+        case.search(layers, "bf16-delta", budget=512 << 20, name=small)
+        exact = case.found["fp32"]
+        for name, found in case.found.items():
+            assert abs(case.value(case.present[name]) - found.value) < 1e-5
+            assert found.tested + found.skipped == case.graph.edges
+            differ[name] = int((case.present[name] != case.present["fp32"]).sum())
+            if not differ[name]:
+                continue
+            # behind an edge on the threshold's very edge, all that follows may differ
+            first = next(
+                edge for edge, effect in exact.effects.items()
+                if case.present[name][edge] != case.present["fp32"][edge]
+            )  # fmt: skip
+            assert abs(exact.effects[first] - THRESHOLD) < 1e-6
+
+    check()
+    yield Workload(
+        name="acdc/whole", device=device, check=check, baseline="one run each", clock="returned",
         params={
-            "model": "SmolLM2-135M-Instruct", "examples": EXAMPLES, "tokens": task.clean.shape[1],
-            "threshold": THRESHOLD, "edges": edges, "tested": found.tested,
-            "skipped": found.skipped, "kept": found.kept, "batches": found.batches,
-            "rows": found.rows,
+            **case.about(), "edges": case.graph.edges, "differing edges": dict(differ),
+            "batches": {name: found.batches for name, found in case.found.items()},
+            "rows": {name: found.rows for name, found in case.found.items()},
+            "checked again": {
+                name: found.checked / found.tested for name, found in case.found.items()
+            },
         },
-        arms=[Arm(name="one run each", fn=plain),
-              Arm(name="one patched run each", fn=patched),
-              Arm(name="pahq", fn=search)],
+        arms=[Arm(name="one run each", fn=lambda: case.plain(50)),
+              Arm(name="one patched run each", fn=lambda: case.patched(300)),
+              *(Arm(name=name, fn=lambda n=name: case.search(layers, n)) for name in names),
+              Arm(name=small, fn=lambda: case.search(layers, "bf16-delta", budget=512 << 20))],
     )  # fmt: skip

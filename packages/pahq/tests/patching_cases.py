@@ -1,5 +1,7 @@
 """Small models whose parts matter, and pairs of inputs."""
 
+import types
+
 import torch
 from pahq import Circuit, Task
 from shared_kernels.testing.models import tiny_model
@@ -18,7 +20,19 @@ def lively(name, layers=2):
                 p.add_(0.1 * torch.randn_like(p))
             elif "emb" not in key and "wte" not in key and "wpe" not in key:
                 p.mul_(4)
-    return model.double().eval()
+    return exact(model.double().eval())
+
+
+def exact(model):
+    """A model in float64 whose RMS norms are, too: those of transformers round to float32."""
+
+    def forward(norm, x):
+        return norm.weight * x * (x.square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
+
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = types.MethodType(forward, module)
+    return model
 
 
 def pairs(n=3, size=12, seed=0):

@@ -9,12 +9,14 @@ import pytest
 import torch
 from pahq import Circuit, CircuitFinder, Graph, Task, UnsupportedModelError
 from pahq.acdc import Acdc
+from pahq.current import NARROW, WIDE
 from pahq.metrics import Metric
+from pahq.rows import Settings
 from shared_kernels.testing.models import tiny_model
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))
-from patching_cases import circuit_of, lively, logits, pairs
+from patching_cases import circuit_of, exact, lively, logits, pairs
 
 FAMILIES = ["llama", "qwen3", "mistral", "gpt2", "gpt_neox"]
 
@@ -187,24 +189,31 @@ def test_edges_that_nothing_reads_have_no_effect():
     assert max(map(abs, skipped)) < 1e-12
 
 
-def test_the_state_afterwards_is_a_run_of_the_circuit():
-    finder, task = CircuitFinder(lively("qwen3")), pairs()
-    base = finder.executor.plain(task.corrupted)
-    measure = Metric("kl", finder.adapter, task, finder.executor.plain(task.clean).final)
-    full = torch.from_numpy(finder.graph.full())
-    state = finder.executor.run(full, task.clean, base)
-    search = Acdc(state, measure, 2e-2, rows=8)
+@pytest.mark.parametrize(("name", "tau"), [("qwen3", 2e-2), ("gpt2", 2e-3), ("gpt_neox", 5e-3)])
+def test_the_current_run_afterwards_is_that_of_the_circuit(name, tau, monkeypatch):
+    finder, task = CircuitFinder(lively(name)), pairs()
+    current, measure = finder._begin(task, "kl", "patch")
+    search = Acdc(current, measure, tau, Settings(rows=8))
     # without what is computed anew at the end of a layer
-    state.compute = lambda first: None
+    monkeypatch.setattr(current, "compute", lambda first: None)
     for layer in reversed(range(finder.graph.layers + 1)):
         search.layer(layer)
-    found = search.found
-    again = finder.executor.run(state.present, task.clean, base)
-    torch.testing.assert_close(state.final, again.final, rtol=0, atol=1e-11)
-    torch.testing.assert_close(state.inputs, again.inputs, rtol=0, atol=1e-11)
-    live, _ = state.live()
-    torch.testing.assert_close(state.senders[live], again.senders[live], rtol=0, atol=1e-11)
-    assert found.rows < 3 * found.tested
+    base = finder.executor.plain(task.corrupted)
+    again = finder.executor.run(current.present, task.clean, base)
+    rows = torch.arange(len(task))
+    final = again.final[rows, task.positions]
+    torch.testing.assert_close(current.input(finder.graph.logits), final, rtol=0, atol=1e-11)
+    kinds = set()
+    for sender, need in enumerate(current.needs):
+        found = current.moved[sender].view_as(base.senders[0])
+        wanted = again.senders[sender] - base.senders[sender]
+        if need == NARROW:
+            found, wanted = (x[rows, task.positions] for x in (found, wanted))
+        if need:
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-11)
+            kinds.add(int(need))
+    assert kinds == {NARROW, WIDE}
+    assert search.found.rows < 4 * search.found.tested
 
 
 def test_evaluation():
@@ -281,7 +290,7 @@ def test_qwen2_has_biases():
         vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2,
     )  # fmt: skip
-    model, task = Qwen2ForCausalLM(config).double().eval(), pairs()
+    model, task = exact(Qwen2ForCausalLM(config).double().eval()), pairs()
     with torch.no_grad():
         for layer in model.model.layers:
             for part in "qkv":

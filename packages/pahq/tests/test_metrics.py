@@ -182,8 +182,8 @@ class Shifted:
         self.head = type("Head", (), {"module": module, "softcap": None, "scale": 1.0})
         self.dtype = dtype
 
-    def final_norm(self, x):
-        return x
+    def norm(self, place):
+        return None
 
     def logits(self, x):
         return self.head.module(x)

@@ -271,26 +271,39 @@ def test_exact_effects_of_some():
 
 
 def test_memory_that_runs_out_halves_the_rows(monkeypatch, caplog):
-    from pahq.forward import State
+    from pahq.suffix import Suffix
 
     finder, task = CircuitFinder(lively("llama")), pairs()
     wanted = finder.acdc(task, 2e-3, progress=False)
-    plain = State.change
+    plain = Suffix.run
 
-    def change(state, deltas, live):
-        if len(next(iter(deltas.values()))) > 10:
+    def run(suffix, given, rows, *args):
+        if rows > 10:
             raise torch.OutOfMemoryError("no more")
-        return plain(state, deltas, live)
+        return plain(suffix, given, rows, *args)
 
-    monkeypatch.setattr(State, "change", change)
+    monkeypatch.setattr(Suffix, "run", run)
     found = finder.acdc(task, 2e-3, progress=False)
     assert torch.equal(found.present, wanted.present)
     assert "out of memory with 11 rows: goes on with 5 rows" in caplog.text
     monkeypatch.setattr(
-        State, "change", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("none"))
+        Suffix, "run", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("none"))
     )
     with pytest.raises(MemoryError, match="one row does not fit"):
         finder.acdc(task, 2e-3, progress=False)
+
+
+def test_rows_keep_to_a_budget():
+    finder, task = CircuitFinder(lively("llama")), pairs()
+    wanted = finder.acdc(task, 2e-3, progress=False)
+    batches = []
+    for budget in (1, 1 << 13, 1 << 20):
+        found = finder.acdc(task, 2e-3, memory_budget=budget, progress=False)
+        assert torch.equal(found.present, wanted.present)
+        batches.append(found.provenance["batches"])
+    # one row at a time, then more and more of them
+    assert batches[0] == found.provenance["tested"]
+    assert batches[0] > batches[1] > batches[2] >= wanted.provenance["batches"]
 
 
 @pytest.mark.parametrize("direct", [False, True])
@@ -369,7 +382,8 @@ def test_circuits_know_their_weights():
 
 @pytest.mark.parametrize(("options", "match"), [
     ({"ablation": "noise"}, "ablation"), ({"order": "best"}, "order"),
-    ({"max_rows": 0}, "max_rows"),
+    ({"max_rows": 0}, "max_rows"), ({"memory_budget": 0}, "memory_budget"),
+    ({"precision": "fp16"}, "precision: expected one of"),
     ({"expect": circuit_of(Graph(1, 2, 2), torch.zeros(4, 8))}, "expect"),
 ])  # fmt: skip
 def test_bad_options(options, match):

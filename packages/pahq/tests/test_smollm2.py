@@ -70,8 +70,8 @@ def test_the_last_layer_of_a_circuit(model, tokenizer):
     task, finder = tasks.ioi(tokenizer, 2), CircuitFinder(model)
     assert finder.graph.edges == 70_651
     order = [*finder.graph.order()][:2]
-    state, measure = finder._begin(task, "kl", "patch", 64)
-    search = Acdc(state, measure, 0.01, rows=64)
+    current, measure = finder._begin(task, "kl", "patch")
+    search = Acdc(current, measure, 0.01)
     for receiver in order:
         search._receiver(receiver)
     graph, executor = finder.graph, finder.executor
@@ -103,6 +103,6 @@ def test_the_last_layer_of_a_circuit(model, tokenizer):
                 now = after
             else:
                 present[sender, receiver] = True
-    assert torch.equal(state.present[:, order], present[:, order])
+    assert torch.equal(current.present[:, order], present[:, order])
     assert 5 < int(present[:, order].sum()) < 200
     assert search.found.batches < search.found.tested / 3

@@ -9,112 +9,41 @@ expected to stay, the rows behind it have it: they are right as long as the gues
 
 from __future__ import annotations
 
-import logging
-import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from pahq.current import DEAD
+from pahq.rows import Rows, Search, Settings
+from pahq.suffix import Suffix
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from typing import Any
 
     from torch import Tensor
 
-    from pahq.forward import Change, State
+    from pahq.current import Current
+    from pahq.metrics import Metric
 
-_LOG = logging.getLogger(__name__)
 ORDERS = ("acdc", "reverse", "shuffle")
-
-
-@dataclass
-class Search:
-    """How a search went.
-
-    Attributes:
-        value: The metric of the circuit.
-        tested: Edges that were tried.
-        skipped: Edges removed because nothing reads what they reach, or with all of their head's.
-        kept: Edges that stayed.
-        batches: Forward passes over what follows a receiver.
-        rows: In all of them.
-        effects: By edge ``(sender, receiver)``, what its removal added to the metric when it was
-            tried.
-        direct: By receiver, what the removal of all its edges at once added.
-    """
-
-    value: float = 0.0
-    tested: int = 0
-    skipped: int = 0
-    kept: int = 0
-    batches: int = 0
-    rows: int = 0
-    effects: dict[tuple[int, int], float] = field(default_factory=dict)
-    direct: dict[int, float] = field(default_factory=dict)
-
-
-class Batches:
-    """Runs rows of removals, as many at a time as fit into memory.
-
-    Args:
-        state: What is changed.
-        metric: Of final states ``(M, N, T, D)``, a number for each row ``(M,)``.
-        rows: Of a batch at most.
-        found: Told of batches and rows.
-    """
-
-    def __init__(
-        self, state: State, metric: Callable[[Tensor], Tensor], rows: int, found: Search
-    ) -> None:
-        self.state, self.metric, self.rows, self.found = state, metric, rows, found
-
-    def run(
-        self, deltas: dict[int, Tensor], live: Tensor, names: Sequence[str]
-    ) -> tuple[Change, list[float]] | None:
-        """Return what rows change, and their metric; None where only fewer rows will fit.
-
-        Args:
-            deltas: ``(M, N, T, D)`` by receiver.
-            live: Senders that can matter.
-            names: Of what rows remove, for an error.
-
-        Raises:
-            FloatingPointError: The metric is not finite.
-            MemoryError: Not even one row fits.
-        """
-        state, final = self.state, self.state.executor.graph.logits
-        try:
-            made = state.change(deltas, live)
-            values = [self.found.value] * len(names)
-            if final in made.inputs:
-                values = self.metric(state.final + made.inputs[final]).tolist()
-        except torch.OutOfMemoryError as error:
-            if len(names) == 1:
-                raise MemoryError(
-                    "one row does not fit into memory; give fewer or shorter examples"
-                ) from error
-            self.rows = len(names) // 2
-            _LOG.warning("out of memory with %d rows: goes on with %d rows", len(names), self.rows)
-            torch.cuda.empty_cache()
-            return None
-        for value, name in zip(values, names, strict=True):
-            if not math.isfinite(value):
-                raise FloatingPointError(f"metric: {value} without {name}")
-        self.found.batches += 1
-        self.found.rows += len(values)
-        return made, values
+#: What rounding of float32 makes of a metric.
+_ROUNDING = 1e-7
+#: Receivers that are tried at once.
+_DIRECT = 16
 
 
 class Acdc:
     """Removes edges of a run until each one left matters.
 
     Args:
-        state: Of all edges; it is the circuit's afterwards.
-        metric: Of final states ``(M, N, T, D)``, a number for each row ``(M,)``, to be kept low.
+        current: Of all edges; it is the circuit's afterwards.
+        metric: To be kept low.
         threshold: An edge stays if its removal adds at least so much.
-        rows: Of a batch at most; halved where they do not fit into memory.
+        settings: Of batches.
         absolute: Whether an edge also stays if its removal takes off so much.
         direct: Whether all edges of a query's, a key's or a value's input are tried at once before
             they are tried one by one: the direct edges of the authors' code.
@@ -128,11 +57,11 @@ class Acdc:
 
     def __init__(
         self,
-        state: State,
-        metric: Callable[[Tensor], Tensor],
+        current: Current,
+        metric: Metric,
         threshold: float,
+        settings: Settings | None = None,
         *,
-        rows: int = 32,
         absolute: bool = False,
         direct: bool = False,
         order: str = "acdc",
@@ -140,16 +69,13 @@ class Acdc:
         expected: Tensor | None = None,
         bar: Any = None,
     ) -> None:
-        self.state, self.metric, self.threshold = state, metric, threshold
+        self.current, self.metric, self.threshold = current, metric, threshold
         self.absolute, self.direct, self.bar = absolute, direct, bar
         self.order, self.seed, self.expected = order, seed, expected
-        self.graph = state.executor.graph
-        self.found = Search(self._value())
-        self.batches = Batches(state, metric, rows, self.found)
-
-    @torch.no_grad()
-    def _value(self) -> float:
-        return float(self.metric(self.state.final[None])[0])
+        self.graph = current.executor.graph
+        self.found = Search()
+        self.rows = Rows(current, metric, settings or Settings(), self.found)
+        self.rows.begin()
 
     # --- the way through the graph ---------------------------------------------------------------
 
@@ -164,88 +90,134 @@ class Acdc:
         graph = self.graph
         if layer == graph.layers:
             self._receiver(graph.logits)
-            return
-        self._receiver(graph.columns(layer, "mlp").start)
-        heads = [
-            receiver
-            for part in ("v", "k", "q")
-            for columns in [graph.columns(layer, part)]
-            for receiver in reversed(range(columns.start, columns.stop))
-        ]
-        if self.direct:
-            self._direct(heads)
-        for receiver in heads:
-            self._receiver(receiver)
+        else:
+            self._receiver(graph.columns(layer, "mlp").start)
+            heads = [
+                receiver
+                for part in ("v", "k", "q")
+                for columns in [graph.columns(layer, part)]
+                for receiver in reversed(range(columns.start, columns.stop))
+            ]
+            if self.direct:
+                self._direct(heads)
+            for receiver in heads:
+                self._receiver(receiver)
         # what was added up row by row is computed once more, so that nothing adds up over layers,
         # and a search that goes on from here has the same numbers
-        self.state.compute(layer)
-        self.found.value = self._value()
+        self.current.compute(layer)
+        self.rows.begin()
+
+    def continue_from(self, present: Tensor, layer: int) -> None:
+        """Take the edges into a layer, and those into all behind it, as decided."""
+        current, graph = self.current, self.graph
+        current.present.copy_(present)
+        current.reset()
+        for receiver in graph.order():
+            if graph.place(receiver)[0] >= layer:
+                current.close(receiver)
+        current.compute(layer)
+        self.rows.begin()
 
     def _receiver(self, receiver: int) -> None:
         """Decide the edges into a receiver."""
-        state = self.state
-        live, receivers = state.live()
-        candidates = self._candidates(receiver)
-        if not bool(receivers[receiver]):
+        current, rows = self.current, self.rows
+        need = current.need(receiver)
+        if need == DEAD:
             self._cut(receiver)
             return
+        candidates = self._candidates(receiver)
+        suffix = Suffix(current, [receiver])
+        last = _Last(self.found.value)
         while candidates:
-            batch = candidates[: self.batches.rows]
-            base = state.corrupted.senders[batch] - state.senders[batch]
-            guess = [False] * len(batch)
+            batch = _Removals(candidates[: rows.fitting(suffix, rows.low)], last.start)
             if self.expected is not None:
-                guess = self.expected[batch, receiver].tolist()
-            mix = _rows_of(guess, base)
-            deltas = {receiver: torch.einsum("mi,intd->mntd", mix, base)}
-            names = [f"edge {self.graph.name(sender, receiver)}" for sender in batch]
-            ran = self.batches.run(deltas, live, names)
+                batch.stay = self.expected[batch.senders, receiver].tolist()
+            names = [f"edge {self.graph.name(sender, receiver)}" for sender in batch.senders]
+            given = partial(rows.removals, suffix, batch.senders, batch.drop, batch.start, rows.low)
+            ran = rows.run(suffix, given, names, rows.low)
             if ran is None:
                 continue
-            made, values = ran
-            kept, effects, last = self._decide(values, guess)
-            for sender, effect, stays in zip(batch, effects, kept, strict=False):
+            check = partial(self._again, suffix, batch, names)
+            kept, effects = self._decide(ran, batch.stay, last, check)
+            removed = [s for s, stays in zip(batch.senders, kept, strict=False) if not stays]
+            for sender, effect in zip(batch.senders, effects, strict=False):
                 self.found.effects[sender, receiver] = effect
-                if not stays:
-                    state.present[sender, receiver] = False
-            if last is not None:
-                state.take(made, last)
+            current.edges[removed, receiver] = False
+            for sender in removed:
+                last.remove(current.tokens_of(current.moved[sender], need))
             self.found.tested += len(kept)
             self.found.kept += sum(kept)
             candidates = candidates[len(kept) :]
+            # far from the current run, too many decisions would have to be made again
+            if last.start is not None and (not candidates or 4 * last.doubt > self.threshold):
+                rows.take(suffix, rows.changes({receiver: last.start[None]}, rows.high))
+                last = _Last(self.found.value)
             self._tell(len(kept))
+        current.close(receiver)
+
+    def _again(
+        self, suffix: Suffix, batch: _Removals, names: list[str], places: list[int]
+    ) -> list[float]:
+        """Return effects of removals in high precision."""
+        current, rows = self.current, self.rows
+        receiver = suffix.receivers[0]
+        need = current.need(receiver)
+        before = batch.start
+        states: list[Tensor] = []
+        for place in range(places[-1] + 1):
+            gone = current.tokens_of(current.moved[batch.senders[place]], need)
+            if place in places:
+                before = torch.zeros_like(gone) if before is None else before
+                states += [before, before - gone]
+            if batch.drop[place]:
+                before = -gone if before is None else before - gone
+        values: list[float] = []
+        while len(values) < len(states):
+            size = max(1, rows.fitting(suffix, rows.high))
+            some = states[len(values) : len(values) + size]
+            given = partial(rows.changes, {receiver: torch.stack(some)}, rows.high)
+            ran = rows.run(suffix, given, [names[places[0]]] * len(some), rows.high)
+            if ran is not None:
+                values += ran[0]
+        self.found.checked += len(places)
+        return [after - was for was, after in zip(values[::2], values[1::2], strict=True)]
 
     def _direct(self, receivers: list[int]) -> None:
         """Decide of receivers whether they are to read anything but the corrupted run."""
-        state = self.state
-        live, alive = state.live()
-        candidates = [r for r in receivers if bool(alive[r])]
+        current, rows = self.current, self.rows
+        candidates = [r for r in receivers if current.need(r) != DEAD]
         while candidates:
-            batch = candidates[: self.batches.rows]
-            base = torch.stack(
-                [state.corrupted.read(self.graph, r) - state.inputs[r] for r in batch]
-            )
-            guess = [False] * len(batch)
-            mix = _rows_of(guess, base)
-            deltas = {r: mix[:, i, None, None, None] * base[i] for i, r in enumerate(batch)}
+            batch = candidates[: min(_DIRECT, rows.most)]
+            suffix = Suffix(current, batch)
+            change = {
+                r: current.corrupted_input(r, current.need(r)) - current.input(r) for r in batch
+            }
+            # each row has its own receiver's, and those before it
+            on = torch.ones(len(batch), len(batch)).tril().to(rows.base)
             names = [f"any edge into {self.graph.receiver_names[r]}" for r in batch]
-            ran = self.batches.run(deltas, live, names)
+
+            def given(on=on, change=change):
+                rowed = {r: on[:, i, None, None] * change[r] for i, r in enumerate(change)}
+                return rows.changes(rowed, rows.high)
+
+            ran = rows.run(suffix, given, names, rows.high)
             if ran is None:
                 continue
-            made, values = ran
-            kept, effects, last = self._decide(values, guess)
-            if last is not None:
-                state.take(made, last)
-            for receiver, effect, stays in zip(batch, effects, kept, strict=False):
-                self.found.direct[receiver] = effect
-                if not stays:
+            kept, effects = self._decide(ran, [False] * len(batch), _Last(self.found.value), None)
+            self.found.direct.update(zip(batch, effects, strict=False))
+            cut = [r for r, stays in zip(batch, kept, strict=False) if not stays]
+            if cut:
+                gone = rows.changes({r: change[r][None] for r in cut}, rows.high)
+                for receiver in cut:
                     self._cut(receiver)
+                rows.take(Suffix(current, cut), gone)
             candidates = candidates[len(kept) :]
 
     def _cut(self, receiver: int) -> None:
         """Remove all edges into a receiver."""
-        state, count = self.state, int(self.state.present[:, receiver].sum())
-        state.present[:, receiver] = False
-        state.inputs[receiver] = state.corrupted.read(self.graph, receiver)
+        edges = self.current.edges
+        count = int(edges[:, receiver].sum())
+        edges[:, receiver] = False
         self.found.skipped += count
         self._tell(count)
 
@@ -257,7 +229,7 @@ class Acdc:
             # each receiver's own, so that a search can go on anywhere
             draws = np.random.default_rng([self.seed, receiver])
             found = [found[i] for i in draws.permutation(len(found))]
-        return [s for s in found if bool(self.state.present[s, receiver])]
+        return [s for s in found if self.current.edges[s, receiver]]
 
     def _tell(self, count: int) -> None:
         if self.bar is not None:
@@ -268,67 +240,130 @@ class Acdc:
     # --- one batch -------------------------------------------------------------------------------
 
     def _decide(
-        self, values: list[float], guess: list[bool]
-    ) -> tuple[list[bool], list[float], int | None]:
-        """Return whether edges stay and their effects, up to the first wrong guess, and the row."""
-        kept: list[bool] = []
-        effects: list[float] = []
-        last = None
-        for row, (value, expected) in enumerate(zip(values, guess, strict=True)):
-            effect = value - self.found.value
-            stays = (abs(effect) if self.absolute else effect) >= self.threshold
-            effects.append(effect)
-            kept.append(stays)
+        self,
+        ran: tuple[list[float], list[float]],
+        guess: list[bool],
+        last: _Last,
+        check: Callable[[list[int]], list[float]] | None,
+    ) -> tuple[list[bool], list[float]]:
+        """Return whether edges stay and their effects, up to the first wrong guess.
+
+        Args:
+            ran: Metric of rows, and how far it may be off.
+            guess: Which edges the rows behind them have.
+            last: What is removed so far; becomes that of the last row whose edge went.
+            check: Gives the effects of some rows in high precision.
+        """
+        effects, doubts, was = [], [], last
+        for value, doubt, stays in zip(*ran, guess, strict=True):
+            effects.append(value - was.value)
+            doubts.append(doubt + was.doubt)
             if not stays:
-                self.found.value, last = value, row
-            if stays != expected:
+                was = _Last(value, doubt)
+        size = abs if self.absolute else float
+        unsure = [
+            place
+            for place, (effect, doubt) in enumerate(zip(effects, doubts, strict=True))
+            if doubt and abs(size(effect) - self.threshold) <= doubt + _ROUNDING
+        ]
+        sure = {
+            place: size(effect) >= self.threshold
+            for place, effect in enumerate(effects)
+            if place not in unsure
+        }
+        stop = next((place for place, stays in sure.items() if stays != guess[place]), len(effects))
+        unsure = [place for place in unsure if place < stop]
+        if unsure and check is not None:
+            for place, effect in zip(unsure, check(unsure), strict=True):
+                effects[place] = effect
+        kept: list[bool] = []
+        for place, effect in enumerate(effects):
+            kept.append(size(effect) >= self.threshold)
+            if not kept[-1]:
+                last.value, last.doubt = ran[0][place], ran[1][place]
+                self.found.value = last.value
+            if kept[-1] != guess[place]:
                 break
-        return kept, effects, last
+        return kept, effects[: len(kept)]
 
 
-def _rows_of(guess: list[bool], like: Tensor) -> Tensor:
-    """Return which candidates ``(M, M)`` are removed in each row: its own, and those before it."""
-    count = len(guess)
-    before = torch.ones(count, count).tril(-1) * (~torch.tensor(guess)).float()
-    return (before + torch.eye(count)).to(like)
+@dataclass
+class _Removals:
+    """Edges of a receiver that one batch removes.
+
+    Attributes:
+        senders: Theirs, in the order of rows.
+        start: ``(tokens, D)``, what earlier batches have changed of what the receiver reads.
+        stay: Which of them the rows behind them have.
+    """
+
+    senders: list[int]
+    start: Tensor | None
+    stay: list[bool] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.stay = self.stay or [False] * len(self.senders)
+
+    @property
+    def drop(self) -> list[bool]:
+        """Return which of them the rows behind them are without."""
+        return [not stays for stays in self.stay]
+
+
+@dataclass
+class _Last:
+    """Where a receiver is on its way.
+
+    Attributes:
+        value: The metric without all edges that were removed.
+        doubt: How far it may be off.
+        start: ``(tokens, D)``, what the receiver reads without them, less what it reads in the
+            current run.
+    """
+
+    value: float
+    doubt: float = 0.0
+    start: Tensor | None = None
+
+    def remove(self, gone: Tensor) -> None:
+        """Remove what a sender gave."""
+        self.start = -gone if self.start is None else self.start - gone
 
 
 @torch.no_grad()
 def effects(
-    state: State,
-    metric: Callable[[Tensor], Tensor],
-    edges: Tensor,
-    *,
-    rows: int = 32,
-    bar: Any = None,
+    current: Current, metric: Metric, edges: Tensor, settings: Settings, *, bar: Any = None
 ) -> Search:
     """Remove edges of a run, each alone, and tell what that adds to the metric.
 
     Args:
-        state: Of all edges; it stays as it is.
-        metric: Of final states ``(M, N, T, D)``, a number for each row ``(M,)``.
+        current: Of all edges; it stays as it is.
+        metric: By which they are judged.
         edges: bool ``(S, R)``, those to remove.
-        rows: Of a batch at most; halved where they do not fit into memory.
+        settings: Of batches.
         bar: A tqdm to tell.
 
     Raises:
         FloatingPointError: The metric is not finite.
         MemoryError: Not even one row fits.
     """
-    graph = state.executor.graph
-    found = Search(float(metric(state.final[None])[0]))
-    batches = Batches(state, metric, rows, found)
-    live, _ = state.live()
+    graph, found = current.executor.graph, Search()
+    rows = Rows(current, metric, settings, found)
+    for receiver in graph.order():
+        current.close(receiver)
+    rows.begin()
     for receiver in graph.order():
         candidates = [s for s in graph.candidates(receiver) if bool(edges[s, receiver])]
-        while candidates:
-            batch = candidates[: batches.rows]
-            deltas = {receiver: state.corrupted.senders[batch] - state.senders[batch]}
+        suffix = Suffix(current, [receiver]) if candidates else None
+        while suffix is not None and candidates:
+            batch = candidates[: rows.fitting(suffix, rows.low)]
             names = [f"edge {graph.name(sender, receiver)}" for sender in batch]
-            ran = batches.run(deltas, live, names)
+            alone = [False] * len(batch)
+            given = partial(rows.removals, suffix, batch, alone, None, rows.low)
+            ran = rows.run(suffix, given, names, rows.low)
             if ran is None:
                 continue
-            for sender, value in zip(batch, ran[1], strict=True):
+            for sender, value in zip(batch, ran[0], strict=True):
                 found.effects[sender, receiver] = value - found.value
             found.tested += len(batch)
             candidates = candidates[len(batch) :]

@@ -15,20 +15,22 @@ from pahq.acdc import ORDERS, Acdc, effects
 from pahq.adapters import adapter_of
 from pahq.attribution import edge_scores
 from pahq.circuit import Circuit
+from pahq.current import Current
 from pahq.errors import UnsupportedModelError
 from pahq.forward import Executor
 from pahq.graph import Graph
 from pahq.metrics import Metric, as_metric, metric_name
+from pahq.precision import PRECISIONS
 from pahq.progress import load, save, weights_of
+from pahq.rows import Settings, budget_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from torch import Tensor
 
-    from pahq.acdc import Search
-    from pahq.forward import State
     from pahq.metrics import CustomMetric
+    from pahq.rows import Search
     from pahq.tasks import Task
 
     MetricLike = str | CustomMetric | Callable[[Tensor], Tensor]
@@ -134,7 +136,9 @@ class CircuitFinder:
         order: str = "acdc",
         seed: int = 0,
         expect: Circuit | None = None,
+        precision: str = "auto",
         max_rows: int = 64,
+        memory_budget: int | None = None,
         resume_from: str | Path | None = None,
         progress: bool = True,
     ) -> Circuit:
@@ -157,7 +161,12 @@ class CircuitFinder:
             expect: Edges that are expected to stay, as those with high scores by gradients or a
                 circuit of another threshold: right guesses spare batches, wrong ones change
                 nothing but the time.
+            precision: In how many bits differences from the circuit so far are held and multiplied:
+                ``fp32``, ``bf16-delta``, ``fp8-delta``; ``auto`` is ``bf16-delta`` on a GPU, else
+                ``fp32``. Where rounding could turn a decision, it is made again in float32.
             max_rows: Removals that are tried in one batch; fewer where they do not fit into memory.
+            memory_budget: Bytes that the rows of a batch may take; half of what is free on the GPU
+                by default, 2 GiB on a CPU.
             resume_from: A folder where the search is written down after every layer, and from where
                 it goes on if it was stopped. A metric of one's own is known by its name only.
             progress: Whether to show a bar.
@@ -177,7 +186,8 @@ class CircuitFinder:
         metric = as_metric(metric)
         if expect is not None:
             self._same(expect, "expect")
-        state, measure = self._begin(task, metric, ablation, max_rows)
+        batches = self._settings(precision, max_rows, memory_budget)
+        current, measure = self._begin(task, metric, ablation)
         settings = {
             "threshold": threshold, "metric": metric_name(metric), "absolute": absolute,
             "ablation": ablation,
@@ -187,7 +197,7 @@ class CircuitFinder:
         with tqdm(total=self.graph.edges, desc="acdc", unit="edge", disable=not progress) as bar:
             expected = None if expect is None else expect.present
             search = Acdc(
-                state, measure, threshold, rows=max_rows, absolute=absolute, direct=direct_edges,
+                current, measure, threshold, batches, absolute=absolute, direct=direct_edges,
                 order=order, seed=seed, expected=expected, bar=bar,
             )  # fmt: skip
             done = None
@@ -203,9 +213,10 @@ class CircuitFinder:
         provenance = {
             "method": "acdc", **settings, "value": found.value, "tested": found.tested,
             "skipped": found.skipped, "batches": found.batches, "rows": found.rows,
+            "precision": batches.precision, "checked": found.checked,
             "direct_effects": {names[r]: effect for r, effect in found.direct.items()},
         }  # fmt: skip
-        return Circuit(self.graph, state.present, self._scores(found), provenance)
+        return Circuit(self.graph, current.present, self._scores(found), provenance)
 
     def edge_effects(
         self,
@@ -215,6 +226,7 @@ class CircuitFinder:
         metric: MetricLike = "kl",
         ablation: str = "patch",
         max_rows: int = 64,
+        memory_budget: int | None = None,
         progress: bool = True,
     ) -> Circuit:
         """Measure what the removal of each edge alone adds to a metric, all others being there.
@@ -225,6 +237,7 @@ class CircuitFinder:
             metric: One of `pahq.METRICS`, or a `CustomMetric`.
             ablation: What removed edges carry, one of `pahq.ABLATIONS`.
             max_rows: Removals in one batch; fewer where they do not fit into memory.
+            memory_budget: Of `acdc`.
             progress: Whether to show a bar.
 
         Returns:
@@ -243,29 +256,42 @@ class CircuitFinder:
             for name in edges:
                 wanted[self.graph.edge(name)] = True
         metric = as_metric(metric)
-        state, measure = self._begin(task, metric, ablation, max_rows)
+        batches = self._settings("fp32", max_rows, memory_budget)
+        current, measure = self._begin(task, metric, ablation)
         total = int(wanted.sum())
         with tqdm(total=total, desc="effects", unit="edge", disable=not progress) as bar:
-            found = effects(state, measure, wanted, rows=max_rows, bar=bar)
+            found = effects(current, measure, wanted, batches, bar=bar)
         provenance = {
             "method": "exact", "metric": metric_name(metric), "ablation": ablation,
             "batches": found.batches, **self._of(task),
         }  # fmt: skip
         return Circuit(self.graph, wanted, self._scores(found), provenance)
 
-    @torch.no_grad()
-    def _begin(
-        self, task: Task, metric: str | CustomMetric, ablation: str, rows: int
-    ) -> tuple[State, Metric]:
-        """Return the run of all edges, and what it is judged by."""
-        check_choice("ablation", ablation, ABLATIONS)
+    def _settings(self, precision: str, rows: int, budget: int | None) -> Settings:
+        """Return how batches are run."""
+        check_choice("precision", precision, ("auto", *PRECISIONS))
         check_range("max_rows", rows, 1, 1 << 20, "a batch has a row")
         device = self.adapter.device
-        clean, corrupted = task.clean.to(device), task.corrupted.to(device)
-        base = ablated(self.executor, self.executor.plain(corrupted), ablation, task.positions)
-        measure = Metric(metric, self.adapter, task, self.executor.plain(clean).final)
-        full = torch.from_numpy(self.graph.full())
-        return self.executor.run(full, clean, base), measure
+        if precision == "auto":
+            low = device.type == "cuda" and self.adapter.dtype == torch.float32
+            precision = "bf16-delta" if low else "fp32"
+        if budget is None:
+            budget = budget_of(device)
+        check_range("memory_budget", budget, 1, 1 << 50, "bytes")
+        return Settings(rows, precision, budget)
+
+    @torch.no_grad()
+    def _begin(
+        self, task: Task, metric: str | CustomMetric, ablation: str
+    ) -> tuple[Current, Metric]:
+        """Return the run of all edges, and what it is judged by."""
+        check_choice("ablation", ablation, ABLATIONS)
+        device = self.adapter.device
+        base = self.executor.plain(task.corrupted.to(device))
+        base = ablated(self.executor, base, ablation, task.positions)
+        clean = self.executor.plain(task.clean.to(device))
+        measure = Metric(metric, self.adapter, task, clean.final)
+        return Current(self.executor, clean, base, task.positions), measure
 
     def _of(self, task: Task) -> dict[str, Any]:
         """Return what a result depends on beside its settings."""

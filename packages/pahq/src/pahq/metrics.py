@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from shared_kernels._checks import check_choice, message
+from shared_kernels.ops.patching.kl import kl_from_delta, mean_weight
+
+from pahq.precision import behind
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -117,33 +120,58 @@ class Metric:
             )
         self.rows = torch.arange(len(self.task), device=self.final.device)
         self.at = self.task.positions.to(self.final.device)
-        clean = self.final[self.rows, self.at]
-        self.normed = self.adapter.final_norm(clean)
-        self.clean_logits = self.adapter.logits(clean)
-        self.law = self.clean_logits.softmax(-1)
+        self.clean = self.final[self.rows, self.at]
+        if self.name == "kl":
+            logits = self.adapter.logits(self.clean).detach()
+            self.law = logits.softmax(-1)
+            self.clean_logits = logits if self.adapter.head.softcap is not None else None
+            self._mean: Tensor | None = None
 
     def __call__(self, final: Tensor) -> Tensor:
         """Return the metric ``(M,)`` of final states ``(M, N, T, D)``."""
-        x = final[:, self.rows, self.at]
-        if self.name == "kl":
-            return self._kl(x).mean(-1)
-        logits = self.adapter.logits(x)
-        if isinstance(self.name, CustomMetric):
-            return self.name(logits)
-        if self.name == "nll":
-            return -log_prob(logits, self.right).mean(-1)
-        wrong: Any = self.wrong
-        score = mean_logit if self.name == "logit_diff" else prob
-        return -(score(logits, self.right) - score(logits, wrong)).mean(-1)
+        return self.of(final[:, self.rows, self.at] - self.clean)[0]
 
-    def _kl(self, x: Tensor) -> Tensor:
-        head = self.adapter.head
-        if head.softcap is None:
-            weight = head.module.weight.to(x.dtype)
-            moved = (self.adapter.final_norm(x) - self.normed) @ weight.T * head.scale
+    def of(self, moved: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the metric of final states at answers, from how much they differ from clean ones.
+
+        Args:
+            moved: ``(M, N, D)``.
+
+        Returns:
+            The metric ``(M,)``, and that of each example ``(M, N)``, of which it is the mean; None
+            for a `CustomMetric`.
+        """
+        if self.name == "kl":
+            each = self._kl(moved)
+            return each.mean(-1), each
+        logits = self.adapter.logits(self.clean + moved)
+        if isinstance(self.name, CustomMetric):
+            return self.name(logits), None
+        if self.name == "nll":
+            each = -log_prob(logits, self.right)
         else:
-            moved = self.adapter.logits(x) - self.clean_logits
-        return _divergence(self.law, moved)
+            wrong: Any = self.wrong
+            score = mean_logit if self.name == "logit_diff" else prob
+            each = score(logits, wrong) - score(logits, self.right)
+        return each.mean(-1), each
+
+    def _kl(self, moved: Tensor) -> Tensor:
+        head = self.adapter.head
+        if self.clean_logits is not None:
+            return _divergence(
+                self.law, self.adapter.logits(self.clean + moved) - self.clean_logits
+            )
+        norm = self.adapter.norm("final")
+        if torch.is_grad_enabled() and moved.requires_grad:
+            normed = norm(self.clean + moved) - norm(self.clean)
+            weight = head.module.weight.to(moved.dtype)
+            return _divergence(self.law, normed @ weight.T * head.scale)
+        if self._mean is None:
+            self._mean = mean_weight(head.module.weight.detach(), self.law)
+        normed = behind(norm, self.clean, moved).values
+        return kl_from_delta(
+            normed, head.module.weight.detach(), self.law, self._mean, scale=head.scale
+        )
 
 
 def _divergence(law: Tensor, moved: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 #: In a folder.
 FILE = "search.safetensors"
-_COUNTS = ("tested", "skipped", "kept", "batches", "rows")
+_COUNTS = ("tested", "skipped", "kept", "batches", "rows", "checked")
 
 
 def save(folder: Path, search: Acdc, layer: int, key: dict[str, Any]) -> None:
@@ -42,7 +42,7 @@ def save(folder: Path, search: Acdc, layer: int, key: dict[str, Any]) -> None:
         direct[receiver] = effect
     counts = {name: value for name, value in asdict(found).items() if name in _COUNTS}
     document = {"key": key, "layer": layer, "value": found.value, "counts": counts}
-    tensors = {"present": search.state.present, "effects": effects, "direct": direct}
+    tensors = {"present": search.current.present, "effects": effects, "direct": direct}
     write_bytes(folder / FILE, serialized(tensors, metadata={"pahq": json.dumps(document)}))
 
 
@@ -84,8 +84,7 @@ def load(folder: Path, search: Acdc, key: dict[str, Any]) -> int | None:
         found.direct[receiver] = float(tensors["direct"][receiver])
     for name, value in document["counts"].items():
         setattr(found, name, value)
-    search.state.present.copy_(tensors["present"])
-    search.state.compute()
+    search.continue_from(tensors["present"], int(document["layer"]))
     found.value = document["value"]
     return int(document["layer"])
 

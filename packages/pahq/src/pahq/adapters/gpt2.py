@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pahq.adapters.base import Adapter, modules_as
+from pahq.adapters.base import Adapter, FeedForward, Norm, activation, layer_norm
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,6 +20,7 @@ class GPT2Adapter(Adapter):
         self.layers, self.heads = model.config.n_layer, model.config.n_head
         self.key_heads = self.heads
         self.blocks = model.transformer.h
+        self.act = activation(model.config.activation_function)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Return what enters the residual stream."""
@@ -27,9 +28,11 @@ class GPT2Adapter(Adapter):
         index = torch.arange(ids.shape[1], device=ids.device)
         return (body.wte(ids) + body.wpe(index)).to(self.dtype)
 
-    def attention_norm(self, layer: int, x: Tensor) -> Tensor:
-        """Normalise what heads read."""
-        return modules_as(self.dtype, self.blocks[layer].ln_1, x)
+    def norm(self, place: str, layer: int = 0) -> Norm:
+        """Return a norm."""
+        block = self.blocks[layer]
+        module = {"attention": block.ln_1, "mlp": block.ln_2}.get(place)
+        return layer_norm(self.model.transformer.ln_f if module is None else module)
 
     def weights(self, layer: int, part: str) -> tuple[Tensor, Tensor | None]:
         """Return weight and bias of a projection, by heads."""
@@ -57,11 +60,11 @@ class GPT2Adapter(Adapter):
             found /= layer + 1
         return found
 
-    def mlp(self, layer: int, x: Tensor) -> Tensor:
-        """Return what an MLP writes."""
-        block = self.blocks[layer]
-        return modules_as(self.dtype, block.mlp, modules_as(self.dtype, block.ln_2, x))
-
-    def final_norm(self, x: Tensor) -> Tensor:
-        """Normalise what logits are made of."""
-        return modules_as(self.dtype, self.model.transformer.ln_f, x)
+    def feed_forward(self, layer: int) -> FeedForward:
+        """Return what an MLP is made of."""
+        mlp = self.blocks[layer].mlp
+        inner, outer = mlp.c_fc, mlp.c_proj
+        return FeedForward(
+            self.act, inner.weight.detach().T, inner.bias.detach(),
+            outer.weight.detach().T, outer.bias.detach(),
+        )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pahq.adapters.base import Adapter, modules_as
+from pahq.adapters.base import Adapter, FeedForward, Norm, activation, layer_norm
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,14 +19,18 @@ class GPTNeoXAdapter(Adapter):
         self.heads = self.key_heads = model.config.num_attention_heads
         self.parallel = bool(model.config.use_parallel_residual)
         self.blocks = model.gpt_neox.layers
+        self.act = activation(model.config.hidden_act)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Return what enters the residual stream."""
         return self.model.gpt_neox.embed_in(ids).to(self.dtype)
 
-    def attention_norm(self, layer: int, x: Tensor) -> Tensor:
-        """Normalise what heads read."""
-        return modules_as(self.dtype, self.blocks[layer].input_layernorm, x)
+    def norm(self, place: str, layer: int = 0) -> Norm:
+        """Return a norm."""
+        block = self.blocks[layer]
+        behind = block.post_attention_layernorm
+        module = {"attention": block.input_layernorm, "mlp": behind}.get(place)
+        return layer_norm(self.model.gpt_neox.final_layer_norm if module is None else module)
 
     def weights(self, layer: int, part: str) -> tuple[Tensor, Tensor | None]:
         """Return weight and bias of a projection, by heads."""
@@ -49,16 +53,15 @@ class GPTNeoXAdapter(Adapter):
         """Return what scores are multiplied by."""
         return float(self.blocks[layer].attention.scaling)
 
-    def rotate(self, layer: int, x: Tensor) -> Tensor:
+    def rotate(self, layer: int, x: Tensor, at: Tensor | None = None) -> Tensor:
         """Turn the first dimensions of each head."""
-        return self.turned(self.model.gpt_neox.rotary_emb, x)
+        return self.turned(self.model.gpt_neox.rotary_emb, x, at)
 
-    def mlp(self, layer: int, x: Tensor) -> Tensor:
-        """Return what an MLP writes."""
-        block = self.blocks[layer]
-        normed = modules_as(self.dtype, block.post_attention_layernorm, x)
-        return modules_as(self.dtype, block.mlp, normed)
-
-    def final_norm(self, x: Tensor) -> Tensor:
-        """Normalise what logits are made of."""
-        return modules_as(self.dtype, self.model.gpt_neox.final_layer_norm, x)
+    def feed_forward(self, layer: int) -> FeedForward:
+        """Return what an MLP is made of."""
+        mlp = self.blocks[layer].mlp
+        inner, outer = mlp.dense_h_to_4h, mlp.dense_4h_to_h
+        return FeedForward(
+            self.act, inner.weight.detach(), inner.bias.detach(),
+            outer.weight.detach(), outer.bias.detach(),
+        )  # fmt: skip

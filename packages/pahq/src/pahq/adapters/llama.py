@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pahq.adapters.base import Adapter, modules_as
+from pahq.adapters.base import Adapter, FeedForward, Norm, activation, modules_as
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,14 +20,19 @@ class LlamaAdapter(Adapter):
         self.heads = config.num_attention_heads
         self.key_heads = config.num_key_value_heads
         self.blocks = model.model.layers
+        self.act = activation(config.hidden_act)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Return what enters the residual stream."""
         return self.model.get_input_embeddings()(ids).to(self.dtype)
 
-    def attention_norm(self, layer: int, x: Tensor) -> Tensor:
-        """Normalise what heads read."""
-        return modules_as(self.dtype, self.blocks[layer].input_layernorm, x)
+    def norm(self, place: str, layer: int = 0) -> Norm:
+        """Return a norm."""
+        block = self.blocks[layer]
+        behind = block.post_attention_layernorm
+        module = {"attention": block.input_layernorm, "mlp": behind}.get(place)
+        module = self.model.model.norm if module is None else module
+        return Norm("rms", module.weight.detach(), None, module.variance_epsilon)
 
     def weights(self, layer: int, part: str) -> tuple[Tensor, Tensor | None]:
         """Return weight and bias of a projection, by heads."""
@@ -59,16 +64,15 @@ class LlamaAdapter(Adapter):
             attention, "sliding_window", getattr(attention.config, "sliding_window", None)
         )
 
-    def rotate(self, layer: int, x: Tensor) -> Tensor:
+    def rotate(self, layer: int, x: Tensor, at: Tensor | None = None) -> Tensor:
         """Turn pairs of halves."""
-        return self.turned(self.model.model.rotary_emb, x)
+        return self.turned(self.model.model.rotary_emb, x, at)
 
-    def mlp(self, layer: int, x: Tensor) -> Tensor:
-        """Return what an MLP writes."""
-        block = self.blocks[layer]
-        normed = modules_as(self.dtype, block.post_attention_layernorm, x)
-        return modules_as(self.dtype, block.mlp, normed)
-
-    def final_norm(self, x: Tensor) -> Tensor:
-        """Normalise what logits are made of."""
-        return modules_as(self.dtype, self.model.model.norm, x)
+    def feed_forward(self, layer: int) -> FeedForward:
+        """Return what an MLP is made of."""
+        mlp = self.blocks[layer].mlp
+        inner, gate, outer = (
+            (linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
+            for linear in (mlp.up_proj, mlp.gate_proj, mlp.down_proj)
+        )
+        return FeedForward(self.act, *inner, *outer, *gate)

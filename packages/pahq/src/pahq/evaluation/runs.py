@@ -99,7 +99,7 @@ class Judge:
     def __init__(self, runs: Runs) -> None:
         self._logits = runs.finder.adapter.logits
         self._kl, self._gap = runs.metric("kl"), None
-        self._first = self._kl.clean_logits.argmax(-1)
+        self._first = self._logits(self._kl.clean).argmax(-1)
         if runs.task.wrong_answers is not None:
             self._gap = runs.metric("logit_diff")
             ends = self._gap(torch.stack([runs.none, runs.all]))
