@@ -33,7 +33,7 @@ def removed(finder, task, precision, *, share=1.0, receiver="a0.kv0<v>"):
     rows = Rows(current, measure, Settings(precision=precision), Acdc(current, measure, 1.0).found)
     gone = -share * current.tokens_of(current.moved[0], current.need(number))
     given = rows.changes({number: gone[None]}, rows.low)
-    return suffix.run(given, 1, rows.low, rows.weights)[0].double()
+    return suffix.run(given, 1, rows.low, rows.weights, 1 << 30)[0].double()
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "qwen3"])

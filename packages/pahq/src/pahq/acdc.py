@@ -133,8 +133,7 @@ class Acdc:
             if self.expected is not None:
                 batch.stay = self.expected[batch.senders, receiver].tolist()
             names = [f"edge {self.graph.name(sender, receiver)}" for sender in batch.senders]
-            given = partial(rows.removals, suffix, batch.senders, batch.drop, batch.start, rows.low)
-            ran = rows.run(suffix, given, names, rows.low)
+            ran = rows.remove(suffix, batch.senders, batch.drop, batch.start, names)
             if ran is None:
                 continue
             check = partial(self._again, suffix, batch, names)
@@ -359,8 +358,7 @@ def effects(
             batch = candidates[: rows.fitting(suffix, rows.low)]
             names = [f"edge {graph.name(sender, receiver)}" for sender in batch]
             alone = [False] * len(batch)
-            given = partial(rows.removals, suffix, batch, alone, None, rows.low)
-            ran = rows.run(suffix, given, names, rows.low)
+            ran = rows.remove(suffix, batch, alone, None, names)
             if ran is None:
                 continue
             for sender, value in zip(batch, ran[0], strict=True):

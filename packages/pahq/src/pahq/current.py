@@ -105,6 +105,7 @@ class Current:
         """Return what a receiver reads, ``(N T, D)`` or, narrow, ``(N, D)``."""
         found = self._inputs.get(receiver)
         if found is None:
+            self._check_now(f"receiver {receiver}")
             need = self.need(receiver)
             graph = self.executor.graph
             layer, part, _ = graph.place(receiver)
@@ -161,8 +162,14 @@ class Current:
 
     def _keep(self, key: tuple[int, str, int], make: Callable[[], Tensor]) -> Tensor:
         if key not in self._made:
+            self._check_now(str(key))
             self._made[key] = make()
         return self._made[key]
+
+    def _check_now(self, what: str) -> None:
+        # what is made while work is recorded would be there only after it is repeated
+        if self.moved.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(f"{what} of the current run was not made before work was recorded")
 
     def by_example(self, x: Tensor, need: int) -> Tensor:
         """Return ``(..., N T, d)`` as ``(..., N, T, d)``, or, narrow, as ``(..., N, 1, d)``."""

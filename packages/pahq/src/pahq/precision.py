@@ -78,10 +78,11 @@ class Weights:
                 own dtype.
         """
         values, scale = delta
-        weight, weight_scale = self._weight(key, values.dtype)
+        weight, weight_scale = self.ready(key, values.dtype)
         return delta_linear(values, weight, scale=scale, weight_scale=weight_scale, out=out)
 
-    def _weight(self, key: tuple, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    def ready(self, key: tuple, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Return a weight in some dtype, and the scales of float8."""
         if (key, dtype) in self._rounded:
             return self._rounded[key, dtype]
         weight = self._read(key)

@@ -11,7 +11,9 @@ import torch
 from shared_kernels.ops.patching import prefix_norm
 
 from pahq.current import WIDE
+from pahq.metrics import CustomMetric
 from pahq.precision import PRECISIONS, Weights, behind
+from pahq.recording import Recorder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -92,6 +94,10 @@ class Rows:
         self.most, self.budget = settings.rows, settings.budget
         self.low, self.high = PRECISIONS[settings.precision], PRECISIONS["fp32"]
         self.weights = Weights(current.executor.adapter)
+        # what a metric of one's own does may be nothing to be recorded
+        records = current.moved.is_cuda and not isinstance(metric.name, CustomMetric)
+        self.recorder = Recorder(current.moved.device) if records else None
+        self._trials: dict[Suffix, _Trial] = {}
 
     @torch.no_grad()
     def begin(self) -> None:
@@ -106,30 +112,55 @@ class Rows:
         held = precision.held or self.current.moved.dtype
         return max(1, min(self.most, self.budget // suffix.row_bytes(held)))
 
-    def removals(
+    def remove(
         self,
         suffix: Suffix,
         senders: Sequence[int],
         drop: Sequence[bool],
         start: Tensor | None,
-        precision: Precision,
-    ) -> dict[int, Rounded]:
-        """Return what a receiver reads without some senders, by rows.
+        names: Sequence[str],
+    ) -> tuple[list[float], list[float]] | None:
+        """Return the metric without some senders of a receiver: see `run`.
 
         Args:
             suffix: Of the receiver.
             senders: M of them: row m is without the m-th.
             drop: Whether all rows behind a sender's are without it, too.
             start: ``(tokens, D)``, what is different in all rows.
-            precision: Of what is behind.
-        """  # fmt: skip
+            names: Of the edges.
+        """
+        precision, device = self.low, self.current.moved.device
+        if self.recorder is None:
+            picked = torch.tensor([senders, drop], device=device)
+            return self._caught(
+                lambda: self._judge(
+                    suffix, self._removals(suffix, picked, start, precision), len(names), precision
+                ),
+                names,
+            )
+        return self._caught(lambda: self._recorded(suffix, senders, drop, start), names)
+
+    def _recorded(
+        self, suffix: Suffix, senders: Sequence[int], drop: Sequence[bool], start: Tensor | None
+    ) -> Tensor:
+        """Return what `_judge` does, recorded by the first batch of a suffix."""
+        trial = self._trials.get(suffix)
+        if trial is None or trial.rows < len(senders):
+            # one at a time, for each holds the memory of its rows
+            self._trials.clear()
+            trial = self._trials[suffix] = _Trial(self, suffix, len(senders))
+        return trial(senders, drop, start)
+
+    def _removals(
+        self, suffix: Suffix, picked: Tensor, start: Tensor | None, precision: Precision
+    ) -> dict[int, Rounded]:
+        """Return what a receiver reads without some senders, by rows; picked is ``(2, M)``."""
         current, receiver = self.current, suffix.receivers[0]
         x = current.input(receiver)
         norm = current.norm(receiver)
         kind, weight, eps = ("none", None, 0.0) if norm is None else norm.scaling(x)
         return {receiver: prefix_norm(
-            x, current.moved, torch.tensor(senders, device=x.device),
-            torch.tensor(drop, device=x.device), start,
+            x, current.moved, picked[0], picked[1].bool(), start,
             at=None if current.need(receiver) == WIDE else current.at,
             weight=weight, kind=kind, eps=eps, dtype=self._dtype(receiver, precision),
         )}  # fmt: skip
@@ -176,39 +207,45 @@ class Rows:
             FloatingPointError: The metric is not finite.
             MemoryError: Not even one row fits.
         """  # fmt: skip
+        return self._caught(lambda: self._judge(suffix, given(), len(names), precision), names)
+
+    def _judge(
+        self, suffix: Suffix, given: dict[int, Rounded], rows: int, precision: Precision
+    ) -> Tensor:
+        """Return the metric of rows and how far it may be off, ``(2, M)``, on the device."""
+        change = suffix.run(given, rows, precision, self.weights, self.budget)
+        if change is None:
+            change = self.base.new_zeros(1).expand(rows, *self.base.shape)
+        values, each = self.metric.of(self.base + change)
+        # changes of examples may cancel in their mean, but not what rounding makes of them
+        if each is None or self.each is None:
+            far = (values - self.value).abs()
+        else:
+            far = (each - self.each).abs().mean(-1)
+        return torch.stack([values, precision.doubt * far])
+
+    def _caught(
+        self, judge: Callable[[], Tensor], names: Sequence[str]
+    ) -> tuple[list[float], list[float]] | None:
+        count = len(names)
         try:
-            change = suffix.run(given(), len(names), precision, self.weights)
-            if change is None:
-                change = self.base.new_zeros(1).expand(len(names), *self.base.shape)
-            found, each = self.metric.of(self.base + change)
-            values = found.tolist()
-            doubt = [0.0] * len(names)
-            if precision.doubt:
-                doubt = self._doubt(values, each, precision.doubt)
+            values, doubt = judge()[:, :count].tolist()
         except torch.OutOfMemoryError as error:
-            if len(names) == 1:
+            if count == 1:
                 raise MemoryError(
                     "one row does not fit into memory; give fewer or shorter examples"
                 ) from error
-            self.most = len(names) // 2
-            _LOG.warning("out of memory with %d rows: goes on with %d rows", len(names), self.most)
+            self.most = count // 2
+            _LOG.warning("out of memory with %d rows: goes on with %d rows", count, self.most)
+            self._trials.clear()
             torch.cuda.empty_cache()
             return None
         for value, name in zip(values, names, strict=True):
             if not math.isfinite(value):
                 raise FloatingPointError(f"metric: {value} without {name}")
         self.found.batches += 1
-        self.found.rows += len(values)
+        self.found.rows += count
         return values, doubt
-
-    def _doubt(self, values: list[float], each: Tensor | None, share: float) -> list[float]:
-        """Return how far rows may be off: a share of how far they are from the current run.
-
-        Changes of examples may cancel in their mean, but not what rounding makes of them.
-        """
-        if each is None or self.each is None:
-            return [share * abs(value - self.value) for value in values]
-        return (share * (each - self.each).abs().mean(-1)).tolist()
 
     def take(self, suffix: Suffix, given: dict[int, Rounded]) -> None:
         """Let the current run be what one row is, in high precision.
@@ -217,10 +254,46 @@ class Rows:
             suffix: Behind what is given.
             given: Of one row, in high precision.
         """
+        self._trials.clear()
         changes: list[tuple[int, Tensor]] = []
-        suffix.run(given, 1, self.high, self.weights,
+        suffix.run(given, 1, self.high, self.weights, self.budget,
                    lambda sender, change: changes.append((sender, change[0].clone())))  # fmt: skip
         for sender, change in changes:
             self.current.add(sender, change)
         self.current.forget([read.receiver for read in suffix.reads] + suffix.receivers)
         self.begin()
+
+
+class _Trial:
+    """Batches of a receiver's removals, recorded once.
+
+    Args:
+        rows: Of all.
+        suffix: Of the receiver.
+        count: Of rows in a batch; where there are fewer, the last is there several times.
+    """
+
+    def __init__(self, rows: Rows, suffix: Suffix, count: int) -> None:
+        current, precision = rows.current, rows.low
+        suffix.prepare(precision, rows.weights)
+        self.rows = count
+        self.picked = torch.zeros(2, count, dtype=torch.int64, device=current.moved.device)
+        self.start = torch.zeros_like(current.input(suffix.receivers[0]))
+        self.judge = rows.recorder.record(
+            lambda: rows._judge(
+                suffix, rows._removals(suffix, self.picked, self.start, precision), count, precision
+            )
+        )
+
+    def __call__(
+        self, senders: Sequence[int], drop: Sequence[bool], start: Tensor | None
+    ) -> Tensor:
+        """Return what `Rows.run` judges by, ``(2, M)``."""
+        missing = self.rows - len(senders)
+        picked = [[*senders, *[senders[-1]] * missing], [*drop, *[False] * missing]]
+        self.picked.copy_(torch.tensor(picked), non_blocking=True)
+        if start is None:
+            self.start.zero_()
+        else:
+            self.start.copy_(start)
+        return self.judge()

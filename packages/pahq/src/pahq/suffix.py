@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from pahq.current import Current
     from pahq.precision import Precision, Weights
 
-#: Tokens of rows that an MLP or a head takes at once.
-_TOKENS = 1 << 14
-
 
 class _Read(NamedTuple):
     """A receiver that reads senders which have changed; none if its change is given."""
@@ -38,6 +35,22 @@ class _Read(NamedTuple):
     senders: list[int]
 
 
+class _Group(NamedTuple):
+    """Heads of which the same has changed.
+
+    Attributes:
+        need: How much of what they write counts.
+        heads: Some of a layer.
+        keys: Heads of keys that they see.
+        places: int64 ``(n,)``, which of these each sees.
+    """
+
+    need: int
+    heads: list[int]
+    keys: list[int]
+    places: Tensor
+
+
 @dataclass
 class _Heads:
     """Heads of a layer, and what of theirs has changed: ``(part, index)``."""
@@ -45,6 +58,7 @@ class _Heads:
     layer: int
     reads: dict[tuple[str, int], _Read]
     heads: list[int]
+    groups: list[_Group]
 
 
 @dataclass
@@ -113,8 +127,24 @@ class Suffix:
             )
         ]
         if heads:
-            self.steps.append(_Heads(layer, reads, heads))
+            self.steps.append(_Heads(layer, reads, heads, self._groups(layer, heads, reads)))
             self.changed += [graph.head(layer, head) for head in heads]
+
+    def _groups(
+        self, layer: int, heads: list[int], reads: dict[tuple[str, int], _Read]
+    ) -> list[_Group]:
+        graph = self.current.executor.graph
+        alike: dict[tuple, list[int]] = {}
+        for head in heads:
+            keys = (("q", head), ("k", head // graph.group), ("v", head // graph.group))
+            need = int(self.current.needs[graph.head(layer, head)])
+            alike.setdefault((need, *(key in reads for key in keys)), []).append(head)
+        found = []
+        for (need, *_), some in alike.items():
+            keys = sorted({head // graph.group for head in some})
+            places = torch.tensor([keys.index(head // graph.group) for head in some])
+            found.append(_Group(need, some, keys, places.to(self.current.moved.device)))
+        return found
 
     def _add_mlp(self, layer: int) -> None:
         graph = self.current.executor.graph
@@ -183,12 +213,37 @@ class Suffix:
     # --- one batch -------------------------------------------------------------------------------
 
     @torch.no_grad()
+    def prepare(self, precision: Precision, weights: Weights) -> None:
+        """Make all that batches need of the current run and of weights, so that none makes it."""
+        current = self.current
+        held = precision.held or current.moved.dtype
+        multiplied = precision.multiplied or current.moved.dtype
+        for receiver in [*self.receivers, *(read.receiver for read in self.reads)]:
+            current.input(receiver)
+        for step in self.steps:
+            layer = step.layer
+            if isinstance(step, _Mlp):
+                current.before(layer)
+                dtype = weights.operand("mlp", layer, multiplied)
+                weights.ready(("inner", layer), dtype)
+                weights.ready(("outer", layer), dtype)
+                continue
+            dtype = weights.operand("heads", layer, multiplied)
+            for part, index in step.reads:
+                current.flat(layer, part, index)
+                weights.ready((part, layer, current.executor.shared(part, index)), dtype)
+            for head in step.heads:
+                current.head(layer, head)
+                weights.ready(("output", layer, head), held)
+
+    @torch.no_grad()
     def run(
         self,
         given: dict[int, Rounded],
         rows: int,
         precision: Precision,
         weights: Weights,
+        budget: int,
         take: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor | None:
         """Return how much final states at answers change, ``(M, N, D)``; None if they do not.
@@ -199,13 +254,14 @@ class Suffix:
             rows: M.
             precision: Of all else.
             weights: Of the model.
+            budget: Bytes that rows may take.
             take: Told of each sender and its change ``(M, tokens, D)``.
         """
         current = self.current
         logits = current.executor.graph.logits
         if logits in given:
             return given[logits].values
-        batch = _Batch(self, given, rows, precision, weights)
+        batch = _Batch(self, given, rows, precision, weights, budget)
         for step in self.steps:
             if isinstance(step, _Mlp):
                 batch.mlp(step)
@@ -227,12 +283,14 @@ class _Batch:
         rows: int,
         precision: Precision,
         weights: Weights,
+        budget: int,
     ) -> None:
         self.suffix, self.given, self.rows, self.weights = suffix, given, rows, weights
         current = self.current = suffix.current
         self.adapter: Adapter = current.executor.adapter
         self.held = precision.held or current.moved.dtype
         self.multiplied = precision.multiplied or current.moved.dtype
+        self.budget = budget
         width = current.moved.shape[2]
         tokens = {WIDE: current.moved.shape[1], NARROW: current.examples}
         self.values = {
@@ -267,7 +325,6 @@ class _Batch:
     def heads(self, step: _Heads) -> None:
         """Let heads of a layer see what has changed."""
         current, layer = self.current, step.layer
-        graph = current.executor.graph
         now, dtype = {}, self.weights.operand("heads", layer, self.multiplied)
         for (part, index), read in step.reads.items():
             delta = self.read(read, dtype)
@@ -275,20 +332,11 @@ class _Batch:
             moved = self.weights.times((part, layer, head), delta)
             flat = current.flat(layer, part, index) + moved
             now[part, index] = current.turned(layer, part, flat[None], read.need)[0]
-        groups: dict[tuple, list[int]] = {}
-        for head in step.heads:
-            keys = (("q", head), ("k", head // graph.group), ("v", head // graph.group))
-            need = int(current.needs[graph.head(layer, head)])
-            groups.setdefault((need, *(key in now for key in keys)), []).append(head)
-        for (need, *_), heads in groups.items():
-            self._attend(layer, need, heads, now)
+        for group in step.groups:
+            self._attend(layer, group, now)
 
-    def _attend(
-        self, layer: int, need: int, heads: list[int], now: dict[tuple[str, int], Tensor]
-    ) -> None:
+    def _attend(self, layer: int, group: _Group, now: dict[tuple[str, int], Tensor]) -> None:
         current = self.current
-        graph = current.executor.graph
-        keys = sorted({head // graph.group for head in heads})
 
         def stacked(part: str, indices: list[int]) -> Tensor:
             found = []
@@ -298,20 +346,16 @@ class _Batch:
             return torch.stack(found) if len(found) > 1 else found[0][None]
 
         found = suffix_attention(
-            stacked("q", heads), stacked("k", keys), stacked("v", keys),
-            torch.stack([current.head(layer, head) for head in heads]),
-            self._index(tuple(keys.index(head // graph.group) for head in heads)),
-            at=None if need == WIDE else current.positions,
+            stacked("q", group.heads), stacked("k", group.keys), stacked("v", group.keys),
+            torch.stack([current.head(layer, head) for head in group.heads]), group.places,
+            at=None if group.need == WIDE else current.positions,
             scale=self.adapter.scale(layer), window=self.adapter.window(layer),
             softcap=self.adapter.softcap(layer), dtype=self.held,
         )  # fmt: skip
-        for head, delta in zip(heads, found, strict=True):
-            out = self.slot(graph.head(layer, head))
+        for head, delta in zip(group.heads, found, strict=True):
+            out = self.slot(current.executor.graph.head(layer, head))
             delta = delta.flatten(1, 2).expand(self.rows, -1, -1)
             self.weights.times(("output", layer, head), Rounded(delta, None), out)
-
-    def _index(self, places: tuple[int, ...]) -> Tensor:
-        return torch.tensor(places, device=self.current.moved.device)
 
     # --- MLPs ------------------------------------------------------------------------------------
 
@@ -323,7 +367,9 @@ class _Batch:
         out = self.slot(self.current.executor.graph.mlp(layer))
         base = self.current.before(layer)
         block = self.adapter.feed_forward(layer)
-        size = max(1, _TOKENS // delta.shape[1])
+        # of what an MLP has inside, a part of the rows at a time
+        inside = base.shape[1] * (1 if block.gate is None else 1.5) * self.held.itemsize
+        size = max(1, int(self.budget / 4 / inside) // delta.shape[1])
         for begin in range(0, len(delta), size):
             some = slice(begin, begin + size)
             part = Rounded(delta[some], None if scale is None else scale[some])

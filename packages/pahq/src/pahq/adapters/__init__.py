@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from pahq.adapters.gemma2 import Gemma2Adapter
 from pahq.adapters.gpt2 import GPT2Adapter
 from pahq.adapters.gpt_neox import GPTNeoXAdapter
 from pahq.adapters.llama import LlamaAdapter
+from pahq.adapters.olmo2 import Olmo2Adapter
 from pahq.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -15,10 +17,12 @@ if TYPE_CHECKING:
     from pahq.adapters.base import Adapter
 
 ADAPTERS: Mapping[str, type[Adapter]] = {
+    "gemma2": Gemma2Adapter,
     "gpt2": GPT2Adapter,
     "gpt_neox": GPTNeoXAdapter,
     "llama": LlamaAdapter,
     "mistral": LlamaAdapter,
+    "olmo2": Olmo2Adapter,
     "qwen2": LlamaAdapter,
     "qwen3": LlamaAdapter,
 }

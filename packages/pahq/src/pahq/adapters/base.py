@@ -33,7 +33,7 @@ class Norm(NamedTuple):
     """A norm over the width.
 
     Attributes:
-        kind: ``rms`` or ``layer``.
+        kind: ``rms`` or ``layer``; ``none`` changes nothing.
         weight: ``(D,)``.
         bias: ``(D,)`` of a layer norm.
         eps: Added to the mean square.
@@ -46,6 +46,8 @@ class Norm(NamedTuple):
 
     def __call__(self, x: Tensor) -> Tensor:
         """Normalise ``(..., D)``."""
+        if self.kind == "none":
+            return x
         weight = self.weight.to(x.dtype)
         if self.kind == "rms":
             return x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt() * weight
@@ -128,6 +130,8 @@ class Adapter(abc.ABC):
         heads: H.
         key_heads: Heads of keys and values that the model has.
         parallel: Whether MLPs read what heads of their layer read.
+        shared_scale: Whether heads of a layer share numbers that each of them changes, such as the
+            norm of their sum: what a head writes does not depend on its own inputs alone.
         dtype: Of activations.
     """
 
@@ -135,6 +139,7 @@ class Adapter(abc.ABC):
     heads: int
     key_heads: int
     parallel = False
+    shared_scale = False
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -236,6 +241,13 @@ class Adapter(abc.ABC):
             heads: n of them.
             x: ``(n, ..., T, D)``, what each reads from the residual stream.
         """
+        found = self.project(layer, part, heads, x)
+        if part == "v":
+            return found
+        return self.rotate(layer, self.head_norm(layer, part, found))
+
+    def project(self, layer: int, part: str, heads: Sequence[int], x: Tensor) -> Tensor:
+        """Return what `part` does, before its norm and its turn."""
         weight, bias = self.weights(layer, part)
         index = torch.as_tensor(list(heads), device=weight.device)
         weight = weight[index].to(self.dtype)
@@ -244,10 +256,7 @@ class Adapter(abc.ABC):
         found = flat @ weight.transpose(1, 2)
         if bias is not None:
             found = found + bias[index].to(self.dtype)[:, None]
-        found = found.view(*normed.shape[:-1], -1)
-        if part == "v":
-            return found
-        return self.rotate(layer, self.head_norm(layer, part, found))
+        return found.view(*normed.shape[:-1], -1)
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, at: Tensor | None = None

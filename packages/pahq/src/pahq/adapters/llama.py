@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 class LlamaAdapter(Adapter):
     """RMS norms, rotary positions, grouped keys, gated MLPs; biases and head norms if there are."""
 
+    #: Where a configuration has the activation.
+    _act = "hidden_act"
+
     def __init__(self, model: Any) -> None:
         super().__init__(model)
         config = model.config
@@ -20,7 +23,7 @@ class LlamaAdapter(Adapter):
         self.heads = config.num_attention_heads
         self.key_heads = config.num_key_value_heads
         self.blocks = model.model.layers
-        self.act = activation(config.hidden_act)
+        self.act = activation(getattr(config, self._act))
 
     def embed(self, ids: Tensor) -> Tensor:
         """Return what enters the residual stream."""
@@ -31,7 +34,10 @@ class LlamaAdapter(Adapter):
         block = self.blocks[layer]
         behind = block.post_attention_layernorm
         module = {"attention": block.input_layernorm, "mlp": behind}.get(place)
-        module = self.model.model.norm if module is None else module
+        return self.rms(self.model.model.norm if module is None else module)
+
+    def rms(self, module: Any) -> Norm:
+        """Return what an RMS norm of transformers is."""
         return Norm("rms", module.weight.detach(), None, module.variance_epsilon)
 
     def weights(self, layer: int, part: str) -> tuple[Tensor, Tensor | None]:
