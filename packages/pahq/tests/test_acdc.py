@@ -271,8 +271,8 @@ def test_kl_near_zero(size):
 
 
 def test_models_that_are_refused():
-    with pytest.raises(UnsupportedModelError, match=r"one of the families .* got 'gemma2'"):
-        CircuitFinder(tiny_model("gemma2").eval())
+    with pytest.raises(UnsupportedModelError, match=r"one of the families .* got 'granite'"):
+        CircuitFinder(tiny_model("granite").eval())
     model = tiny_model("llama").eval()
     model.model.layers[0].self_attn.register_forward_hook(lambda m, a, out: (out[0] + 1, out[1]))
     with pytest.raises(UnsupportedModelError, match="not reproduced"):

@@ -12,5 +12,7 @@ if __name__ == "__main__":
             for dtype in (torch.float32, torch.bfloat16):
                 delta, law = torch.ones(rows, examples, width), torch.ones(examples, vocabulary)
                 weight = torch.ones(vocabulary, width, dtype=dtype)
-                launch.kl_from_delta(delta, weight, law, torch.ones(examples, width), 1.0)
+                for precise in (True, False):
+                    mean = torch.ones(examples, width)
+                    launch.kl_from_delta(delta, weight, law, mean, 1.0, precise)
     print(json.dumps(sorted(seen)))

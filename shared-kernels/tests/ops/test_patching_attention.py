@@ -82,7 +82,8 @@ def test_the_base_differs_from_itself_by_nothing(kernel_device, impl, at):
 def test_one_key_is_its_value(kernel_device, impl):
     q, k, v, base, kv, _ = make(device=place(impl, kernel_device))
     found = suffix_attention(q, k, v, torch.zeros_like(base), kv, scale=1.0, window=1, impl=impl)
-    assert torch.equal(found, v[kv])
+    # tensor cores multiply in two parts of 11 bits
+    torch.testing.assert_close(found, v[kv], rtol=2**-21, atol=0)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

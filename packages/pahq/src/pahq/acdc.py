@@ -142,8 +142,8 @@ class Acdc:
             for sender, effect in zip(batch.senders, effects, strict=False):
                 self.found.effects[sender, receiver] = effect
             current.edges[removed, receiver] = False
-            for sender in removed:
-                last.remove(current.tokens_of(current.moved[sender], need))
+            if removed:
+                last.start = current.without(last.start, removed, need)
             self.found.tested += len(kept)
             self.found.kept += sum(kept)
             candidates = candidates[len(kept) :]
@@ -323,10 +323,6 @@ class _Last:
     value: float
     doubt: float = 0.0
     start: Tensor | None = None
-
-    def remove(self, gone: Tensor) -> None:
-        """Remove what a sender gave."""
-        self.start = -gone if self.start is None else self.start - gone
 
 
 @torch.no_grad()

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 #: How much of what a sender computes is read: nothing, the tokens of answers, all tokens.
 DEAD, NARROW, WIDE = 0, 1, 2
+#: Senders that are added up at once.
+_AT_ONCE = 32
 
 
 class Current:
@@ -81,6 +83,20 @@ class Current:
         # every query sees keys and values of the tokens before it
         return WIDE if most and part in "kv" else most
 
+    def without(self, start: Tensor | None, senders: list[int], need: int) -> Tensor:
+        """Return a change less what some senders give, ``(N T, D)`` or, narrow, ``(N, D)``."""
+        if start is None:
+            start = torch.zeros_like(self.tokens_of(self.moved[0], need))
+        index = torch.tensor(senders, device=self.moved.device)
+        for some in index.split(_AT_ONCE):
+            start = start - self._summed(some, need)
+        return start
+
+    def _summed(self, senders: Tensor, need: int) -> Tensor:
+        """Return the sum of what some senders give."""
+        found = self.moved[senders] if need == WIDE else self.moved[senders[:, None], self.at]
+        return found.sum(0)
+
     def close(self, receiver: int) -> None:
         """Take a receiver as decided: what it reads of its senders counts."""
         senders = self.edges[:, receiver].nonzero()[0]
@@ -116,11 +132,8 @@ class Current:
             else:
                 index = torch.as_tensor(senders.nonzero()[0], device=self.moved.device)
                 found = self.corrupted_input(receiver, need).clone()
-                for some in index.split(64):
-                    values = (
-                        self.moved[some] if need == WIDE else self.moved[some[:, None], self.at]
-                    )
-                    found += values.sum(0)
+                for some in index.split(_AT_ONCE):
+                    found += self._summed(some, need)
             self._inputs[receiver] = found
         return found
 

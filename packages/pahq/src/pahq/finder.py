@@ -175,6 +175,7 @@ class CircuitFinder:
             ValueError: A threshold that is not positive, another metric, or fewer than one row.
             ResumeError: The folder has a search with another model, task or setting, or a damaged
                 one.
+            UnsupportedModelError: Heads of a layer share a norm: `eap`, `evaluate` and `run` do.
             FloatingPointError: The metric is not finite.
             MemoryError: Not even one removal fits into memory.
         """
@@ -245,6 +246,7 @@ class CircuitFinder:
 
         Raises:
             ValueError: An edge that there is not, another metric, or fewer than one row.
+            UnsupportedModelError: Heads of a layer share a norm: `eap`, `evaluate` and `run` do.
             FloatingPointError: The metric is not finite.
             MemoryError: Not even one removal fits into memory.
         """
@@ -285,10 +287,16 @@ class CircuitFinder:
         self, task: Task, metric: str | CustomMetric, ablation: str
     ) -> tuple[Current, Metric]:
         """Return the run of all edges, and what it is judged by."""
+        if self.adapter.shared_scale:
+            raise UnsupportedModelError(
+                f"model: in {type(self.model).__name__} all heads of a layer share a norm, so that "
+                "an edge into one changes what the others write; acdc and edge_effects do not "
+                "handle that yet, use eap, evaluate and run"
+            )
         check_choice("ablation", ablation, ABLATIONS)
         device = self.adapter.device
         base = self.executor.plain(task.corrupted.to(device))
-        base = ablated(self.executor, base, ablation, task.positions)
+        base = ablated(self.executor, base, ablation, task.positions).park()
         clean = self.executor.plain(task.clean.to(device))
         measure = Metric(metric, self.adapter, task, clean.final)
         return Current(self.executor, clean, base, task.positions), measure

@@ -40,6 +40,13 @@ class PlainRun:
     mlp: Tensor
     final: Tensor
 
+    def park(self) -> PlainRun:
+        """Return the same run with its senders in the host's memory, if it is on a GPU."""
+        if not self.senders.is_cuda:
+            return self
+        senders = torch.empty_like(self.senders, device="cpu", pin_memory=True)
+        return PlainRun(senders.copy_(self.senders), self.attention, self.mlp, self.final)
+
     def read(self, graph: Graph, receiver: int) -> Tensor:
         """Return what a receiver read."""
         layer, part, _ = graph.place(receiver)

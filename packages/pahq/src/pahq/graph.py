@@ -18,7 +18,7 @@ _EDGE = re.compile(r"(?P<sender>input|a\d+\.h\d+|m\d+)->(?P<receiver>\S+)")
 
 @dataclass(frozen=True)
 class Graph:
-    """All edges of a pre-norm decoder with L layers and H query heads.
+    """All edges of a decoder with L layers and H query heads.
 
     Senders are the embeddings (``input``), each head's output (``a3.h2``) and each MLP's (``m3``).
     Receivers are what each head's query, key and value and each MLP read from the residual stream
@@ -93,16 +93,21 @@ class Graph:
         }[part]
         return slice(layer * self.width + first, layer * self.width + first + count)
 
+    @functools.cached_property
+    def _places(self) -> list[tuple[int, str, int]]:
+        parts = [
+            (part, number - self.columns(0, part).start)
+            for part in ("q", "k", "v", "mlp")
+            for number in range(self.columns(0, part).start, self.columns(0, part).stop)
+        ]
+        found = [(layer, *place) for layer in range(self.layers) for place in parts]
+        return [*found, (self.layers, "logits", 0)]
+
     def place(self, receiver: int) -> tuple[int, str, int]:
         """Return layer, part and index of a receiver; ``(L, "logits", 0)`` for the last."""
-        if receiver == self.logits:
-            return self.layers, "logits", 0
-        layer, rest = divmod(receiver, self.width)
-        for part in ("q", "k", "v", "mlp"):
-            columns = self.columns(0, part)
-            if rest < columns.stop:
-                return layer, part, rest - columns.start
-        raise IndexError(receiver)
+        if receiver < 0:
+            raise IndexError(receiver)
+        return self._places[receiver]
 
     def upstream(self, receiver: int) -> int:
         """Return how many senders, from the first on, come before a receiver."""
@@ -110,16 +115,23 @@ class Graph:
         before = 1 + layer * (self.heads + 1)
         return before + self.heads if part == "mlp" and not self.parallel else before
 
+    @functools.cached_property
+    def _readers(self) -> list[list[int]]:
+        found = []
+        for layer, part, index in self._places:
+            if part == "logits":
+                found.append([])
+            elif part == "mlp":
+                found.append([self.mlp(layer)])
+            elif part == "q":
+                found.append([self.head(layer, index)])
+            else:
+                found.append([self.head(layer, index * self.group + j) for j in range(self.group)])
+        return found
+
     def readers(self, receiver: int) -> list[int]:
         """Return the senders that are computed from a receiver; none from ``logits``."""
-        layer, part, index = self.place(receiver)
-        if part == "logits":
-            return []
-        if part == "mlp":
-            return [self.mlp(layer)]
-        if part == "q":
-            return [self.head(layer, index)]
-        return [self.head(layer, index * self.group + j) for j in range(self.group)]
+        return self._readers[receiver]
 
     # --- edges ---------------------------------------------------------------------------------
 

@@ -131,18 +131,19 @@ class Metric:
         """Return the metric ``(M,)`` of final states ``(M, N, T, D)``."""
         return self.of(final[:, self.rows, self.at] - self.clean)[0]
 
-    def of(self, moved: Tensor) -> tuple[Tensor, Tensor | None]:
+    def of(self, moved: Tensor, *, precise: bool = True) -> tuple[Tensor, Tensor | None]:
         """Return the metric of final states at answers, from how much they differ from clean ones.
 
         Args:
             moved: ``(M, N, D)``.
+            precise: Whether products that only KL needs have the accuracy of float32.
 
         Returns:
             The metric ``(M,)``, and that of each example ``(M, N)``, of which it is the mean; None
             for a `CustomMetric`.
         """
         if self.name == "kl":
-            each = self._kl(moved)
+            each = self._kl(moved, precise)
             return each.mean(-1), each
         logits = self.adapter.logits(self.clean + moved)
         if isinstance(self.name, CustomMetric):
@@ -155,7 +156,7 @@ class Metric:
             each = score(logits, wrong) - score(logits, self.right)
         return each.mean(-1), each
 
-    def _kl(self, moved: Tensor) -> Tensor:
+    def _kl(self, moved: Tensor, precise: bool) -> Tensor:
         head = self.adapter.head
         if self.clean_logits is not None:
             return _divergence(
@@ -170,8 +171,9 @@ class Metric:
             self._mean = mean_weight(head.module.weight.detach(), self.law)
         normed = behind(norm, self.clean, moved).values
         return kl_from_delta(
-            normed, head.module.weight.detach(), self.law, self._mean, scale=head.scale
-        )
+            normed, head.module.weight.detach(), self.law, self._mean, scale=head.scale,
+            precise=precise,
+        )  # fmt: skip
 
 
 def _divergence(law: Tensor, moved: Tensor) -> Tensor:

@@ -118,7 +118,7 @@ def behind(
         change: ``(M, tokens, D)``, what is added to it.
         dtype: Of the result; that of x by default.
     """
-    whole = torch.tensor([0, 1], dtype=torch.int32, device=x.device)
+    whole = torch.arange(2, dtype=torch.int32, device=x.device)
     kind, weight, eps = ("none", None, 0.0) if norm is None else norm.scaling(x)
     found = combine_norm(
         x[None], change[None], change.new_empty(0, *change.shape), whole, whole[:1],

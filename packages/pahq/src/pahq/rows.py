@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from pahq.precision import Precision
     from pahq.suffix import Suffix
 
+#: How far a metric whose own products are rounded may be off, in parts of it.
+_ROUGH = 2e-4
 _LOG = logging.getLogger(__name__)
 
 
@@ -138,17 +140,23 @@ class Rows:
                 ),
                 names,
             )
-        return self._caught(lambda: self._recorded(suffix, senders, drop, start), names)
+        recorder = self.recorder
+        return self._caught(lambda: self._recorded(recorder, suffix, senders, drop, start), names)
 
     def _recorded(
-        self, suffix: Suffix, senders: Sequence[int], drop: Sequence[bool], start: Tensor | None
+        self,
+        recorder: Recorder,
+        suffix: Suffix,
+        senders: Sequence[int],
+        drop: Sequence[bool],
+        start: Tensor | None,
     ) -> Tensor:
         """Return what `_judge` does, recorded by the first batch of a suffix."""
         trial = self._trials.get(suffix)
         if trial is None or trial.rows < len(senders):
             # one at a time, for each holds the memory of its rows
             self._trials.clear()
-            trial = self._trials[suffix] = _Trial(self, suffix, len(senders))
+            trial = self._trials[suffix] = _Trial(self, recorder, suffix, len(senders))
         return trial(senders, drop, start)
 
     def _removals(
@@ -216,13 +224,15 @@ class Rows:
         change = suffix.run(given, rows, precision, self.weights, self.budget)
         if change is None:
             change = self.base.new_zeros(1).expand(rows, *self.base.shape)
-        values, each = self.metric.of(self.base + change)
+        rough = precision.doubt > 0
+        values, each = self.metric.of(self.base + change, precise=not rough)
         # changes of examples may cancel in their mean, but not what rounding makes of them
         if each is None or self.each is None:
             far = (values - self.value).abs()
         else:
             far = (each - self.each).abs().mean(-1)
-        return torch.stack([values, precision.doubt * far])
+        doubt = precision.doubt * far
+        return torch.stack([values, doubt + _ROUGH * values.abs() if rough else doubt])
 
     def _caught(
         self, judge: Callable[[], Tensor], names: Sequence[str]
@@ -269,17 +279,18 @@ class _Trial:
 
     Args:
         rows: Of all.
+        recorder: Of them.
         suffix: Of the receiver.
         count: Of rows in a batch; where there are fewer, the last is there several times.
     """
 
-    def __init__(self, rows: Rows, suffix: Suffix, count: int) -> None:
+    def __init__(self, rows: Rows, recorder: Recorder, suffix: Suffix, count: int) -> None:
         current, precision = rows.current, rows.low
         suffix.prepare(precision, rows.weights)
         self.rows = count
         self.picked = torch.zeros(2, count, dtype=torch.int64, device=current.moved.device)
         self.start = torch.zeros_like(current.input(suffix.receivers[0]))
-        self.judge = rows.recorder.record(
+        self.judge = recorder.record(
             lambda: rows._judge(
                 suffix, rows._removals(suffix, self.picked, self.start, precision), count, precision
             )

@@ -79,12 +79,13 @@ def suffix_attention(
             attend[(programs * count,)](
                 q, k, v, base, kv, out, rows, examples, tokens, count, *strides[0], *strides[1],
                 *strides[2], *numbers, BD=min(64, _power(width)), BQ=block_q, BK=block_k,
-                num_warps=warps, num_stages=2, **options,
+                num_warps=warps, num_stages=2, enable_fp_fusion=False, **options,
             )  # fmt: skip
         else:
             attend[(programs,)](
                 q, k, v, base, kv, at, out, rows, examples, tokens, *strides[0][:3], *strides[1],
                 *strides[2], *numbers, BD=_power(width), BK=16, num_warps=1 if wide <= 128 else 2,
+                enable_fp_fusion=False,
                 **options,
             )  # fmt: skip
     return out
