@@ -150,41 +150,60 @@ def whole(device):
         return
     case = Case("cuda", 64)
     layers = range(case.graph.layers, -1, -1)
+    name, small = "bf16-delta", "bf16-delta, 512 MiB of rows"
+
+    def check():
+        case.search(layers, name)
+        case.search(layers, name, budget=512 << 20, name=small)
+        for arm, found in case.found.items():
+            assert abs(case.value(case.present[arm]) - found.value) < 1e-5
+            assert found.tested + found.skipped == case.graph.edges
+        assert torch.equal(case.present[name], case.present[small])
+
+    check()
+    yield Workload(
+        name="acdc/whole", device=device, check=check, baseline="one run each", clock="returned",
+        params={**case.about(name), "edges": case.graph.edges},
+        arms=[Arm(name="one run each", fn=lambda: case.plain(50)),
+              Arm(name="one patched run each", fn=lambda: case.patched(100)),
+              Arm(name=name, fn=lambda: case.search(layers, name)),
+              Arm(name=small, fn=lambda: case.search(layers, name, budget=512 << 20))],
+    )  # fmt: skip
+
+
+@benchmark
+def precisions(device):
+    """All 70,651 edges in float32, bfloat16 and float8."""
+    if device != "cuda":
+        return
+    case = Case("cuda", 64)
+    layers = range(case.graph.layers, -1, -1)
     names = ("fp32", "bf16-delta", "fp8-delta")
-    small = "bf16-delta, 512 MiB of rows"
     differ = {}
 
     def check():
         for name in names:
             case.search(layers, name)
-        case.search(layers, "bf16-delta", budget=512 << 20, name=small)
         exact = case.found["fp32"]
         for name, found in case.found.items():
             assert abs(case.value(case.present[name]) - found.value) < 1e-5
-            assert found.tested + found.skipped == case.graph.edges
-            differ[name] = int((case.present[name] != case.present["fp32"]).sum())
-            if not differ[name]:
-                continue
-            # behind an edge on the threshold's very edge, all that follows may differ
-            first = next(
-                edge for edge, effect in exact.effects.items()
-                if case.present[name][edge] != case.present["fp32"][edge]
-            )  # fmt: skip
-            assert abs(exact.effects[first] - THRESHOLD) < 1e-6
+            unlike = case.present[name] != case.present["fp32"]
+            differ[name] = int(unlike.sum())
+            if differ[name]:
+                # behind an edge on the threshold's very edge, all that follows may differ
+                first = next(edge for edge in exact.effects if unlike[edge])
+                assert abs(exact.effects[first] - THRESHOLD) < 1e-6
 
     check()
     yield Workload(
-        name="acdc/whole", device=device, check=check, baseline="one run each", clock="returned",
+        name="acdc/precisions", device=device, check=check, baseline="fp32", clock="returned",
         params={
             **case.about(), "edges": case.graph.edges, "differing edges": dict(differ),
-            "batches": {name: found.batches for name, found in case.found.items()},
-            "rows": {name: found.rows for name, found in case.found.items()},
-            "checked again": {
-                name: found.checked / found.tested for name, found in case.found.items()
+            "batches of each": {name: case.found[name].batches for name in names},
+            "rows of each": {name: case.found[name].rows for name in names},
+            "tried again": {
+                name: case.found[name].checked / case.found[name].tested for name in names
             },
         },
-        arms=[Arm(name="one run each", fn=lambda: case.plain(50)),
-              Arm(name="one patched run each", fn=lambda: case.patched(100)),
-              *(Arm(name=name, fn=lambda n=name: case.search(layers, n)) for name in names),
-              Arm(name=small, fn=lambda: case.search(layers, "bf16-delta", budget=512 << 20))],
+        arms=[Arm(name=name, fn=lambda n=name: case.search(layers, n)) for name in names],
     )  # fmt: skip

@@ -188,13 +188,30 @@ def test_tasks_and_doctor(tiny, tmp_path, capsys):
     assert "top1" in json.loads(printed.out)["induction"]
     code, printed = run(capsys, "doctor", tiny, "--json")
     assert code == 0
-    assert json.loads(printed.out)["works"]
-    refused = tmp_path / "other"
-    tiny_model("gemma2").save_pretrained(refused)
-    AutoTokenizer.from_pretrained(tiny).save_pretrained(refused)
-    code, printed = run(capsys, "doctor", refused, "--json")
-    assert code == 1
-    assert not json.loads(printed.out)["works"]
+    told = json.loads(printed.out)
+    assert told["works"]
+    assert told["acdc"]
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    for family, works in (("gemma2", True), ("granite", False)):
+        folder = tmp_path / family
+        tiny_model(family, vocab_size=len(tokenizer)).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        code, printed = run(capsys, "doctor", folder, "--json")
+        assert code == 1 - works
+        told = json.loads(printed.out)
+        assert told["works"] is works
+        # heads of a layer share a norm
+        assert not told.get("acdc")
+
+
+def test_precision_and_memory(tiny, tmp_path):
+    options = ("--threshold", 0.1, "--no-judge", "--precision", "bf16-delta")
+    assert find(tiny, tmp_path / "low", *options, "--memory-budget", 1e-6) == 0
+    assert find(tiny, tmp_path / "high", "--threshold", 0.1, "--no-judge") == 0
+    low, high = (Circuit.from_pretrained(tmp_path / name) for name in ("low", "high"))
+    assert torch.equal(low.present, high.present)
+    assert low.provenance["precision"] == "bf16-delta"
+    assert low.provenance["batches"] > high.provenance["batches"]
 
 
 @pytest.mark.parametrize(("options", "match"), [
@@ -203,6 +220,8 @@ def test_tasks_and_doctor(tiny, tmp_path, capsys):
     (("--method", "eap", "--threshold", 0.1), "--threshold"), (("--ig-steps", 3), "--ig-steps"),
     (("--method", "exact", "--direct-edges"), "--direct-edges"),
     (("--method", "exact", "--order", "reverse"), "--order"),
+    (("--method", "eap", "--precision", "fp32"), "--precision"),
+    (("--memory-budget", 0), "--memory-budget"),
 ])  # fmt: skip
 def test_bad_options(tiny, tmp_path, capsys, options, match):
     code, printed = run(capsys, "find", tiny, "--out", tmp_path / "x", *options)

@@ -5,6 +5,7 @@ from . import tasks as tasks
 from . import truth as truth
 from ._version import __version__ as __version__
 from .ablation import ABLATIONS as ABLATIONS
+from .callbacks import CircuitCallback as CircuitCallback
 from .circuit import Circuit as Circuit
 from .errors import ResumeError as ResumeError
 from .errors import UnsupportedModelError as UnsupportedModelError
@@ -13,3 +14,4 @@ from .graph import Graph as Graph
 from .metrics import METRICS as METRICS
 from .metrics import CustomMetric as CustomMetric
 from .tasks import Task as Task
+from .thresholds import sweep as sweep

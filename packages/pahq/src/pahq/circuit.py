@@ -18,6 +18,7 @@ from pahq.graph import Graph
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from networkx import MultiDiGraph
     from torch import Tensor
 
 
@@ -104,6 +105,52 @@ class Circuit:
         """Return the share of the edges of either that both have; 1 for two without edges."""
         either = len(self | other)
         return len(self & other) / either if either else 1.0
+
+    def to_networkx(self) -> MultiDiGraph:
+        """Return its edges as a graph of networkx (``pip install 'pahq[networkx]'``).
+
+        Nodes are ``input``, heads (``a3.h2``), MLPs (``m3``) and ``logits``, those that an edge
+        leaves or enters, each with its ``layer`` (-1 of the embeddings, L of the logits) and its
+        ``kind``: ``input``, ``head``, ``mlp`` or ``logits``.
+
+        An edge goes to the node that reads with its receiver, and to each head of the group where
+        heads share keys and values. The key of an edge, and its ``receiver``, is the receiver's
+        name, so that a sender has up to three edges to a head; ``kind`` is ``q``, ``k``, ``v``,
+        ``mlp`` or ``logits``; ``score`` is a float, NaN where there is none.
+
+        Returns:
+            A `networkx.MultiDiGraph` without cycles, with what is in `provenance` as attributes.
+
+        Raises:
+            ImportError: networkx is not installed.
+        """
+        try:
+            from networkx import MultiDiGraph
+        except ImportError as error:
+            command = "pip install 'pahq[networkx]'"
+            raise ImportError(f"Circuit.to_networkx needs networkx: {command}") from error
+        graph, made = self.graph, MultiDiGraph()
+        made.graph.update(self.provenance)
+        # the logits come behind all senders
+        names = [*graph.sender_names, "logits"]
+        edges = [
+            (sender, node, receiver)
+            for sender, receiver in self.present.nonzero().tolist()
+            for node in graph.readers(receiver) or [graph.senders]
+        ]
+        for number in sorted({end for sender, node, _ in edges for end in (sender, node)}):
+            layer, place = divmod(number - 1, graph.heads + 1)
+            kind = "mlp" if place == graph.heads else "head"
+            if number in (0, graph.senders):
+                kind = "logits" if number else "input"
+            made.add_node(names[number], layer=layer, kind=kind)
+        for sender, node, receiver in edges:
+            name = graph.receiver_names[receiver]
+            made.add_edge(
+                names[sender], names[node], key=name, receiver=name, kind=graph.place(receiver)[1],
+                score=float(self.scores[sender, receiver]),
+            )  # fmt: skip
+        return made
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``circuit.safetensors`` and ``circuit.json`` to a new folder.

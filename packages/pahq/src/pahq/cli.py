@@ -8,15 +8,13 @@ before it runs.
 from __future__ import annotations
 
 import time
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path  # noqa: TC003 - cyclopts reads it
+from typing import Any, Literal
 
 from cyclopts import App
 from shared_kernels.console import JsonFlag, print_json, print_table, run_app
 
-if TYPE_CHECKING:
-    from pahq.finder import CircuitFinder
-    from pahq.tasks import Task
+from pahq.loading import held_out, load_model, make_finder, make_task
 
 app = App(
     name="pahq",
@@ -48,7 +46,9 @@ def find(
     order: Literal["acdc", "reverse", "shuffle"] = "acdc",
     top: int | None = None,
     ig_steps: int | None = None,
+    precision: Literal["auto", "fp32", "bf16-delta", "fp8-delta"] = "auto",
     max_rows: int = 64,
+    memory_budget: float | None = None,
     kv: Literal["grouped", "per_query_head"] = "grouped",
     min_accuracy: float = 0.5,
     judge: bool = True,
@@ -77,7 +77,9 @@ def find(
         order: In which acdc tries the edges into a receiver: nearest senders first, farthest, any.
         top: Edges to keep by score.
         ig_steps: Of eap-ig; 5 by default.
+        precision: Of acdc: bits of what removals change; close decisions are made again in float32.
         max_rows: Removals tried in one batch.
+        memory_budget: GiB that a batch may take; half of what is free on a GPU by default, else 2.
         kv: Whether query heads that share keys share their edges.
         min_accuracy: A task that the model does less often than this is refused.
         judge: Whether to run the circuit on held-out pairs, beside 20 random circuits of its size.
@@ -94,27 +96,31 @@ def find(
         raise ValueError(f"--ablation: gradients know patch only, got {ablation}")
     for flag, given, owner in (
         ("--threshold", threshold is not None, "acdc"), ("--direct-edges", direct_edges, "acdc"),
-        ("--order", order != "acdc", "acdc"), ("--ig-steps", ig_steps is not None, "eap-ig"),
+        ("--order", order != "acdc", "acdc"), ("--precision", precision != "auto", "acdc"),
+        ("--ig-steps", ig_steps is not None, "eap-ig"),
     ):  # fmt: skip
         if given and method != owner:
             raise ValueError(f"{flag}: only {owner} has it, and --method is {method}")
+    if memory_budget is not None and not memory_budget > 0:
+        raise ValueError(f"--memory-budget: expected GiB above 0, got {memory_budget}")
     if top is not None and method == "acdc":
         raise ValueError("--top: acdc has a threshold; give --method eap-ig, or leave it out")
-    finder, tokenizer = _finder(model, device, dtype, kv)
-    pairs = _task(task, tokenizer, examples, seed)
-    held = _held_out(pairs, task, tokenizer, examples, seed) if judge else None
+    finder, tokenizer = make_finder(model, device, dtype, kv)
+    pairs = make_task(task, tokenizer, examples, seed)
+    held = held_out(pairs, task, tokenizer, examples, seed) if judge else None
     able = baseline(finder.model, pairs, min_accuracy=min_accuracy)
     begun = out.with_name(out.name + ".search")
+    budget = None if memory_budget is None else int(memory_budget * 2**30)
     begin = time.perf_counter()
     if method == "acdc":
         found = finder.acdc(
             pairs, 0.01 if threshold is None else threshold, metric=metric or "kl",
             ablation=ablation, direct_edges=direct_edges, order=order, seed=seed,
-            max_rows=max_rows, resume_from=begun,
+            precision=precision, max_rows=max_rows, memory_budget=budget, resume_from=begun,
         )  # fmt: skip
     elif method == "exact":
         found = finder.edge_effects(pairs, metric=metric or "kl", ablation=ablation,
-                                    max_rows=max_rows)  # fmt: skip
+                                    max_rows=max_rows, memory_budget=budget)  # fmt: skip
     else:
         steps = (5 if ig_steps is None else ig_steps) if method == "eap-ig" else 0
         found = finder.eap(pairs, metric=metric or ("kl" if steps else "logit_diff"),
@@ -130,7 +136,7 @@ def find(
     }
     found.save_pretrained(out)
     _forget(begun)
-    counts = {k: found.provenance[k] for k in ("tested", "skipped", "batches", "rows")
+    counts = {k: found.provenance[k] for k in ("tested", "skipped", "checked", "batches", "rows")
               if k in found.provenance}  # fmt: skip
     result: dict[str, Any] = {
         "out": str(out), "edges": len(found), "of": finder.graph.edges, "seconds": seconds,
@@ -199,11 +205,11 @@ def evaluate(
             flag = {"name": "model", "task_source": "task", "task_seed": "seed"}.get(key, key)
             raise ValueError(f"--{flag}: {circuit} does not say; give it")
     kv = "grouped" if found.graph.key_heads < found.graph.heads else "per_query_head"
-    finder, tokenizer = _finder(known["name"], device, dtype, kv)
+    finder, tokenizer = make_finder(known["name"], device, dtype, kv)
     absent = ablation or known.get("ablation", "patch")
     source = known["task_source"], tokenizer, known["examples"], known["task_seed"]
-    pairs = _task(*source)
-    held = _held_out(pairs, *source)
+    pairs = make_task(*source)
+    held = held_out(pairs, *source)
     report = faithfulness(
         finder, found, pairs, held_out=held, ablation=absent, progress=not json_output
     )
@@ -349,7 +355,7 @@ def tasks(
 
     found: dict[str, Any] = {name: {"about": about} for name, about in NAMES.items()}
     if model is not None:
-        loaded, tokenizer = _load(model, device, dtype)
+        loaded, tokenizer = load_model(model, device, dtype)
         for name, entry in found.items():
             try:
                 entry |= baseline(loaded, make(name, tokenizer, examples, seed))
@@ -399,22 +405,25 @@ def doctor(
     from pahq.errors import UnsupportedModelError
 
     try:
-        finder, tokenizer = _finder(model, device, dtype, "grouped")
+        finder, tokenizer = make_finder(model, device, dtype, "grouped")
     except UnsupportedModelError as error:
         if json_output:
             print_json({"name": model, "works": False, "refused": str(error)})
         else:
             print(f"It cannot be searched: {error}")
         return 1
-    graph, pairs = finder.graph, _task(task, tokenizer, examples, 0)
+    graph, pairs = finder.graph, make_task(task, tokenizer, examples, 0)
     begin = time.perf_counter()
     finder.executor.plain(pairs.clean.to(finder.adapter.device))
     seconds = time.perf_counter() - begin
     size = pairs.clean.numel() * int(finder.model.config.get_text_config().hidden_size)
-    held = size * (2 * graph.senders + graph.receivers) * finder.adapter.dtype.itemsize
+    # what senders differ by, and what layers read in both runs
+    held = size * (graph.senders + 4 * graph.layers) * finder.adapter.dtype.itemsize
+    search = not finder.adapter.shared_scale
     result = {
-        "name": model, "works": True, "edges": graph.edges, "senders": graph.senders,
-        "receivers": graph.receivers, "plain_seconds": seconds, "state_bytes": held,
+        "name": model, "works": True, "acdc": search, "edges": graph.edges,
+        "senders": graph.senders, "receivers": graph.receivers,
+        "plain_seconds": seconds, "state_bytes": held,
         "one_by_one_seconds": seconds * graph.edges,
     }  # fmt: skip
     if json_output:
@@ -422,6 +431,7 @@ def doctor(
     print_table(
         [
             ("logits are the model's", "yes"),
+            ("methods", "all" if search else "eap and eap-ig: its heads share a norm"),
             ("edges", f"{graph.edges:,} from {graph.senders:,} senders"),
             ("a run of the pairs", f"{seconds:.2f} s"),
             ("a run for each edge would be", f"{seconds * graph.edges / 3600:.1f} h at most"),
@@ -440,53 +450,6 @@ def _version() -> str:
     from pahq._version import __version__
 
     return __version__
-
-
-def _load(name: str, device: str | None, dtype: str) -> tuple[Any, Any]:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(chosen).eval()
-    return model, AutoTokenizer.from_pretrained(name)
-
-
-def _finder(name: str, device: str | None, dtype: str, kv: str) -> tuple[CircuitFinder, Any]:
-    from pahq.finder import CircuitFinder
-
-    model, tokenizer = _load(name, device, dtype)
-    return CircuitFinder(model, kv=kv), tokenizer
-
-
-def _task(task: str, tokenizer: Any, examples: int, seed: int) -> Task:
-    """Return pairs by name, or the first ones of a file."""
-    from pahq.tasks import NAMES, make
-    from pahq.tasks.files import read_pairs
-
-    if examples < 1:
-        raise ValueError(f"--examples: expected at least 1, got {examples}")
-    if task in NAMES:
-        return make(task, tokenizer, examples, seed)
-    if not Path(task).is_file():
-        listed = ", ".join(NAMES)
-        raise ValueError(f"--task: expected one of {listed}, or a file of pairs, got {task}")
-    return read_pairs(task, tokenizer, 0, examples)
-
-
-def _held_out(pairs: Task, task: str, tokenizer: Any, examples: int, seed: int) -> Task | None:
-    """Return pairs that are not among those, or None where there are no others."""
-    from pahq.tasks import NAMES, make
-    from pahq.tasks.files import count_pairs, read_pairs
-
-    if task in NAMES:
-        found = make(task, tokenizer, examples, seed + 1)
-    elif count_pairs(task) <= examples:
-        return None
-    else:
-        found = read_pairs(task, tokenizer, examples, 2 * examples)
-    seen = {tuple(ids) for ids in pairs.clean.tolist()}
-    rows = [row for row, ids in enumerate(found.clean.tolist()) if tuple(ids) not in seen]
-    return found.select(rows) if rows else None
 
 
 def _forget(folder: Path) -> None:
