@@ -220,8 +220,9 @@ def test_a_training_that_is_stopped_early(tmp_path):
     options = {"eval_strategy": "steps", "eval_steps": 1}
     watch = CircuitCallback(circuit_for(model), TASK, every=2)
     trainer = trainer_of(model, tmp_path, callbacks=[Stop(3), watch], **options)
-    trainer.train()
-    assert [row["step"] for row in watch.history] == [0, 2, 3]
+    for _ in range(2):
+        trainer.train()
+        assert [row["step"] for row in watch.history] == [0, 2, 3]
 
 
 def test_resumption(tmp_path):
@@ -352,7 +353,11 @@ def test_wrappers(tmp_path):
     model = model_of()
     watch = CircuitCallback(circuit_for(model), TASK)
     begin(watch, model, tmp_path, step=0)
-    for wrapper in (nn.DataParallel(model), torch.compile(model, backend="eager")):
+
+    def backend(*_):
+        raise AssertionError("nothing is compiled for a measurement")
+
+    for wrapper in (nn.DataParallel(model), torch.compile(model, backend=backend)):
         other = CircuitCallback(watch.circuit, TASK)
         other.on_train_begin(*arguments(tmp_path), model=wrapper)
         assert other.history == watch.history

@@ -7,9 +7,9 @@ import pytest
 import torch
 from pahq import CircuitFinder
 from pahq import precision as module
-from pahq.acdc import Acdc
+from pahq.acdc import Acdc, _Last
 from pahq.precision import PRECISIONS, Precision
-from pahq.rows import Rows, Settings
+from pahq.rows import Rows, Search, Settings
 from pahq.suffix import Suffix
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -94,14 +94,43 @@ def test_close_decisions_are_made_again(monkeypatch):
         # as close as float32 can tell for sure
         for threshold in (effect * (1 - 1e-4), effect * (1 + 1e-4)):
             wanted = finder.acdc(task, threshold, precision="fp32", progress=False)
-            found = finder.acdc(task, threshold, precision="fp8-delta", progress=False)
-            assert torch.equal(found.present, wanted.present)
-            checked += found.provenance["checked"]
+            for rows in (64, 1):
+                found = finder.acdc(
+                    task, threshold, precision="fp8-delta", max_rows=rows, progress=False
+                )
+                assert torch.equal(found.present, wanted.present)
+                checked += found.provenance["checked"]
             rough = flips(finder, task, threshold, "fp8-delta", monkeypatch, 0.0)
             assert rough.provenance["checked"] == 0
             differ += not torch.equal(rough.present, wanted.present)
     assert checked > 0
     assert differ > 0
+
+
+def test_doubt_of_both_values_counts():
+    """An effect is a difference: what the last value may be off by counts, in every batch."""
+    search = object.__new__(Acdc)
+    search.absolute, search.threshold, search.found = False, 0.1, Search()
+    asked = []
+
+    def check(places):
+        asked.append(places)
+        return [0.2] * len(places)
+
+    # two batches of two rows, of effects 0.05 and 0.05, each 0.03 from what is not sure
+    last = _Last(0.0)
+    for values, wanted in (([0.05, 0.10], []), ([0.15, 0.20], [])):
+        kept, effects = search._decide((values, [0.02, 0.02]), [False, False], last, check)
+        assert (kept, asked) == ([False, False], wanted)
+        assert effects == pytest.approx([0.05, 0.05])
+    # with a doubt of 0.03 the two together reach the threshold, in the first row, too
+    last.doubt = 0.03
+    kept, effects = search._decide(([0.25], [0.03]), [False], last, check)
+    assert (kept, effects, asked) == ([True], [0.2], [[0]])
+    assert (last.value, last.doubt) == (0.20, 0.03)
+    # and what is removed leaves its doubt behind
+    search._decide(([0.21], [0.025]), [False], last, check)
+    assert (last.value, last.doubt) == (0.21, 0.025)
 
 
 def test_what_is_multiplied_has_few_bits(monkeypatch):
