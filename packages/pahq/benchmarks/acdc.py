@@ -127,7 +127,7 @@ def cpu(device):
     )
 
     def check():
-        case.search(layers)
+        case.search(layers, rows=32)
         found = case.found["fp32"]
         assert abs(case.value(case.present["fp32"]) - found.value) < 1e-5
         assert found.tested + found.skipped == edges
@@ -139,7 +139,7 @@ def cpu(device):
         clock="returned", params={**case.about(), "edges": edges},
         arms=[Arm(name="one run each", fn=lambda: case.plain(20)),
               Arm(name="one patched run each", fn=lambda: case.patched(5)),
-              Arm(name="pahq", fn=lambda: case.search(layers))],
+              Arm(name="pahq", fn=lambda: case.search(layers, rows=32))],
     )  # fmt: skip
 
 

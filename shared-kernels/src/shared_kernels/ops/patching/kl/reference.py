@@ -2,9 +2,12 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 #: Tokens that are widened to float64 at a time.
 _CHUNK = 8192
+#: Logits that are made at a time.
+_LOGITS = 1 << 21
 
 
 def mean_weight(weight: Tensor, law: Tensor) -> Tensor:
@@ -18,8 +21,9 @@ def mean_weight(weight: Tensor, law: Tensor) -> Tensor:
 
 def excess(t: Tensor) -> Tensor:
     """Return ``e^t - 1 - t``, by its series ``t^2/2 (1 + t/3 (1 + t/4 ...))`` near 0."""
-    series = torch.ones_like(t)
-    for k in range(12 if t.dtype == torch.float64 else 6, 2, -1):
+    order = 12 if t.dtype == torch.float64 else 6
+    series = 1 + t / order
+    for k in range(order - 1, 2, -1):
         series = 1 + t / k * series
     return torch.where(t.abs() < 0.1, t * t / 2 * series, t.expm1() - t)
 
@@ -30,6 +34,8 @@ def divergence(law: Tensor, t: Tensor) -> Tensor:
     Above 60 the exponential may be too large a number, so that those terms are added as logarithms.
     """
     far = t > 60
+    if not bool(far.any()):
+        return torch.log1p((law * excess(t)).sum(-1))
     near = torch.log1p((law * excess(t.masked_fill(far, 0.0))).sum(-1))
     high = (law.log() + t).masked_fill(~far, float("-inf")).logsumexp(-1)
     return torch.where(far.any(-1), torch.logaddexp(near, high), near)
@@ -44,9 +50,12 @@ def kl_from_delta(
     Precise or not, products are those of delta's dtype.
     """
     centre = mean.mean(0)
-    matrix = (weight.to(delta.dtype) - centre).T
+    matrix = weight.to(delta.dtype) - centre
+    bias = (delta * (mean - centre)).sum(-1, keepdim=True)
+    # as many rows as have logits that stay in a cache
+    size = max(1, _LOGITS // max(1, law.numel()))
     rows = [
-        divergence(law, scale * (x @ matrix - (x * (mean - centre)).sum(-1, keepdim=True)))
-        for x in delta
+        divergence(law, scale * (functional.linear(x, matrix) - b))
+        for x, b in zip(delta.split(size), bias.split(size), strict=True)
     ]
-    return torch.stack(rows) if rows else delta.new_empty(delta.shape[:2])
+    return torch.cat(rows) if rows else delta.new_empty(delta.shape[:2])
