@@ -16,6 +16,7 @@ from pahq.metrics import (
     mean_logit,
     metric_name,
     prob,
+    spread,
 )  # fmt: skip
 from shared_kernels.testing.models import tiny_model
 
@@ -210,3 +211,12 @@ def test_kl_of_logits_that_move_together(shift, size):
     # differences of size 1e-3 are what is left of logits of the shift's size
     tolerance = 1e-5 + 1e-6 * abs(shift) / min(size, 1)
     assert found == pytest.approx(wanted, rel=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounding_is_no_spread(dtype):
+    eps = torch.finfo(dtype).eps
+    assert spread(3.0, 3.0 + 8 * eps, dtype) == 0
+    assert spread(0.0, 0.0, dtype) == 0
+    assert spread(3.0, 3.0 + 1000 * eps, dtype) == -1000 * eps
+    assert spread(1e-9, 2e-9, dtype) == -1e-9

@@ -19,7 +19,7 @@ from pahq.current import Current
 from pahq.errors import UnsupportedModelError
 from pahq.forward import Executor
 from pahq.graph import Graph
-from pahq.metrics import Metric, as_metric, metric_name
+from pahq.metrics import Metric, as_metric, metric_name, spread
 from pahq.precision import PRECISIONS
 from pahq.progress import load, save, weights_of
 from pahq.rows import Settings, budget_of
@@ -380,10 +380,10 @@ class CircuitFinder:
         for metric in map(as_metric, metrics):
             values = Metric(metric, self.adapter, task, full)(torch.stack([own, full, base.final]))
             mine, whole, none = values.tolist()
-            spread = whole - none
+            apart = spread(whole, none, self.adapter.dtype)
             found[metric_name(metric)] = {
                 "circuit": mine, "all": whole, "none": none,
-                "recovered": (mine - none) / spread if spread else float("nan"),
+                "recovered": (mine - none) / apart if apart else float("nan"),
             }  # fmt: skip
         return found
 

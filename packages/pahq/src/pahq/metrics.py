@@ -176,6 +176,18 @@ class Metric:
         )  # fmt: skip
 
 
+def spread(whole: float, none: float, dtype: torch.dtype) -> float:
+    """Return how far a metric of all edges is from that of none, 0 where it is rounding alone.
+
+    Args:
+        whole: Of all edges.
+        none: Of none.
+        dtype: Of the activations that they are made of.
+    """
+    rounding = 64 * torch.finfo(dtype).eps * max(abs(whole), abs(none))
+    return whole - none if abs(whole - none) > rounding else 0.0
+
+
 def _divergence(law: Tensor, moved: Tensor) -> Tensor:
     """Return ``KL(p || q)`` of laws ``(..., V)`` from p and the differences of their logits.
 

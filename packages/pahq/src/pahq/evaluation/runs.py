@@ -9,7 +9,7 @@ import torch
 from shared_kernels._checks import check_choice, message
 
 from pahq.ablation import ABLATIONS, ablated
-from pahq.metrics import Metric
+from pahq.metrics import Metric, spread
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -102,8 +102,8 @@ class Judge:
         self._first = self._logits(self._kl.clean).argmax(-1)
         if runs.task.wrong_answers is not None:
             self._gap = runs.metric("logit_diff")
-            ends = self._gap(torch.stack([runs.none, runs.all]))
-            self._none, self._spread = float(ends[0]), float(ends[1] - ends[0])
+            self._none, whole = self._gap(torch.stack([runs.none, runs.all])).tolist()
+            self._spread = spread(whole, self._none, runs.finder.adapter.dtype)
 
     @torch.no_grad()
     def __call__(self, final: Tensor) -> Score:

@@ -17,6 +17,7 @@ from shared_kernels._checks import message
 
 from pahq.circuit import Circuit
 from pahq.evaluation.runs import Runs, check_graph
+from pahq.metrics import spread
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -142,7 +143,7 @@ def cpr_cmd(
     with torch.no_grad():
         measure = runs.metric(metric)
         whole, none = measure(torch.stack([runs.all, runs.none])).tolist()
-        if whole == none:
+        if not spread(whole, none, finder.adapter.dtype):
             remedy = "choose pairs that the model tells apart"
             raise ValueError(message("task", "a metric that the edges change", whole, remedy))
         values = [
