@@ -313,6 +313,17 @@ def test_weights_of_16_bits_are_widened():
     torch.testing.assert_close(*found, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_searches_of_models_of_16_bits(dtype):
+    model, task = lively("llama").to(dtype), pairs()
+    rough, exact = CircuitFinder(model), CircuitFinder(copy.deepcopy(model).float())
+    for precision in ("fp32", "bf16-delta"):
+        found, wanted = (
+            f.acdc(task, 2e-3, precision=precision, progress=False) for f in (rough, exact)
+        )
+        assert torch.equal(found.present, wanted.present)
+
+
 def test_bad_input():
     finder, task = CircuitFinder(lively("llama")), pairs()
     for threshold in (0.0, -1.0, float("nan"), float("inf")):

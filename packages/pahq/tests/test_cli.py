@@ -222,6 +222,8 @@ def test_precision_and_memory(tiny, tmp_path):
     (("--method", "exact", "--order", "reverse"), "--order"),
     (("--method", "eap", "--precision", "fp32"), "--precision"),
     (("--memory-budget", 0), "--memory-budget"),
+    (("--method", "eap", "--memory-budget", 1), "--memory-budget"),
+    (("--method", "eap-ig", "--max-rows", 8), "--max-rows"),
 ])  # fmt: skip
 def test_bad_options(tiny, tmp_path, capsys, options, match):
     code, printed = run(capsys, "find", tiny, "--out", tmp_path / "x", *options)

@@ -180,14 +180,14 @@ def test_gradients_of_the_definition():
     mean = mean_weight(weight, law)
     delta = draw(2, 2, 3).requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda x: reference.kl_from_delta(x, weight, law, mean, 0.5, True), delta
+        lambda x: reference.kl_from_delta(x, weight, law, mean, 0.5), delta
     )
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_the_op_keeps_the_rules_of_the_house(kernel_device, impl):
     def arguments(rows):
-        return *make(rows, 3, 20, 140, device=place(impl, kernel_device)), 0.5, True, impl
+        return *make(rows, 3, 20, 140, device=place(impl, kernel_device)), 0.5, impl
 
     check_op(op.kl_from_delta, arguments, [3, 0, 1, 6])
 
@@ -233,13 +233,6 @@ def test_on_a_gpu(cuda, dtype, rows, examples, width, vocabulary):
         for some in (slice(rows - 1, rows), slice(rows // 3, rows)):
             assert torch.equal(found[some], kl_from_delta(delta[some], weight, law, mean))
         assert bool((found >= 0).all())
-        rough = kl_from_delta(delta, weight, law, mean, precise=False)
-        for m in {0, rows // 2, rows - 1}:
-            wanted = exact(delta[m], weight, law)
-            error = (rough[m].double() - wanted).abs()
-            bound = 1e-9 + 2e-3 * wanted + (common * 2**-12) ** 2
-            assert bool((error <= bound).all()), (size, common, error / wanted)
-        assert not torch.equal(found, rough)
 
 
 @pytest.mark.gpu

@@ -101,6 +101,11 @@ def find(
     ):  # fmt: skip
         if given and method != owner:
             raise ValueError(f"{flag}: only {owner} has it, and --method is {method}")
+    for flag, given in (
+        ("--max-rows", max_rows != 64), ("--memory-budget", memory_budget is not None)
+    ):  # fmt: skip
+        if given and method in ("eap", "eap-ig"):
+            raise ValueError(f"{flag}: gradients have no rows, and --method is {method}")
     if memory_budget is not None and not memory_budget > 0:
         raise ValueError(f"--memory-budget: expected GiB above 0, got {memory_budget}")
     if top is not None and method == "acdc":

@@ -125,25 +125,24 @@ class Metric:
             logits = self.adapter.logits(self.clean).detach()
             self.law = logits.softmax(-1)
             self.clean_logits = logits if self.adapter.head.softcap is not None else None
-            self._mean: Tensor | None = None
+            self._head: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, final: Tensor) -> Tensor:
         """Return the metric ``(M,)`` of final states ``(M, N, T, D)``."""
         return self.of(final[:, self.rows, self.at] - self.clean)[0]
 
-    def of(self, moved: Tensor, *, precise: bool = True) -> tuple[Tensor, Tensor | None]:
+    def of(self, moved: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the metric of final states at answers, from how much they differ from clean ones.
 
         Args:
             moved: ``(M, N, D)``.
-            precise: Whether products that only KL needs have the accuracy of float32.
 
         Returns:
             The metric ``(M,)``, and that of each example ``(M, N)``, of which it is the mean; None
             for a `CustomMetric`.
         """
         if self.name == "kl":
-            each = self._kl(moved, precise)
+            each = self._kl(moved)
             return each.mean(-1), each
         logits = self.adapter.logits(self.clean + moved)
         if isinstance(self.name, CustomMetric):
@@ -156,7 +155,7 @@ class Metric:
             each = score(logits, wrong) - score(logits, self.right)
         return each.mean(-1), each
 
-    def _kl(self, moved: Tensor, precise: bool) -> Tensor:
+    def _kl(self, moved: Tensor) -> Tensor:
         head = self.adapter.head
         if self.clean_logits is not None:
             return _divergence(
@@ -167,13 +166,14 @@ class Metric:
             normed = norm(self.clean + moved) - norm(self.clean)
             weight = head.module.weight.to(moved.dtype)
             return _divergence(self.law, normed @ weight.T * head.scale)
-        if self._mean is None:
-            self._mean = mean_weight(head.module.weight.detach(), self.law)
+        if self._head is None:
+            weight = head.module.weight.detach()
+            # the kernel reads float32 and bfloat16
+            weight = weight.to(moved.dtype) if weight.dtype == torch.float16 else weight
+            self._head = weight, mean_weight(weight, self.law)
+        weight, mean = self._head
         normed = behind(norm, self.clean, moved).values
-        return kl_from_delta(
-            normed, head.module.weight.detach(), self.law, self._mean, scale=head.scale,
-            precise=precise,
-        )  # fmt: skip
+        return kl_from_delta(normed, weight, self.law, mean, scale=head.scale)
 
 
 def spread(whole: float, none: float, dtype: torch.dtype) -> float:

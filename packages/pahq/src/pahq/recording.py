@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 import torch
@@ -45,8 +46,12 @@ class Recording:
             self.graph.capture_begin(pool=recorder.pool, capture_error_mode="thread_local")
             try:
                 self.result = body()
-            finally:
-                self.graph.capture_end()
+            except BaseException:
+                # what went wrong is told, not that a broken recording cannot end well
+                with contextlib.suppress(RuntimeError):
+                    self.graph.capture_end()
+                raise
+            self.graph.capture_end()
         torch.cuda.current_stream(stream.device).wait_stream(stream)
 
     def __call__(self) -> Tensor:

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from pahq.precision import Precision
     from pahq.suffix import Suffix
 
-#: How far a metric whose own products are rounded may be off, in parts of it.
-_ROUGH = 2e-4
 _LOG = logging.getLogger(__name__)
 
 
@@ -224,15 +222,13 @@ class Rows:
         change = suffix.run(given, rows, precision, self.weights, self.budget)
         if change is None:
             change = self.base.new_zeros(1).expand(rows, *self.base.shape)
-        rough = precision.doubt > 0
-        values, each = self.metric.of(self.base + change, precise=not rough)
+        values, each = self.metric.of(self.base + change)
         # changes of examples may cancel in their mean, but not what rounding makes of them
         if each is None or self.each is None:
             far = (values - self.value).abs()
         else:
             far = (each - self.each).abs().mean(-1)
-        doubt = precision.doubt * far
-        return torch.stack([values, doubt + _ROUGH * values.abs() if rough else doubt])
+        return torch.stack([values, precision.doubt * far])
 
     def _caught(
         self, judge: Callable[[], Tensor], names: Sequence[str]

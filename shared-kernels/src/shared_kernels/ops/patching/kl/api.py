@@ -42,7 +42,6 @@ def kl_from_delta(
     mean: Tensor,
     *,
     scale: float = 1.0,
-    precise: bool = True,
     impl: str = "auto",
 ) -> Tensor:
     """Return the divergence ``KL(p || q)`` in nats of laws from the difference of their states.
@@ -60,9 +59,6 @@ def kl_from_delta(
         law: ``(N, V)`` of delta's dtype, the probabilities p.
         mean: ``(N, D)`` of delta's dtype, `mean_weight` of the two.
         scale: Of the logits.
-        precise: Whether products have float32 accuracy. If not, the kernel rounds both operands to
-            11 bits, for a third of the FLOPs: errors are then below 1e-9 + 2e-3 KL, and where all
-            logits move together by c nats, below ``(2^-12 c)^2`` more.
         impl: ``auto``, ``triton`` or ``reference``.
 
     Returns:
@@ -80,4 +76,4 @@ def kl_from_delta(
     check_tensor("law", law, dtypes=(dtype,), shape=shape, device=device)
     check_tensor("mean", mean, dtypes=(dtype,), shape=(examples, width), device=device)
     delta = delta if delta.stride(-1) == 1 else delta.contiguous()
-    return op.kl_from_delta(delta, weight, law, mean, float(scale), bool(precise), impl)
+    return op.kl_from_delta(delta, weight, law, mean, float(scale), impl)

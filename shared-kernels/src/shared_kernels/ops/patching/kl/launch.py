@@ -33,9 +33,7 @@ def _up(value: int, step: int) -> int:
     return -(-value // step) * step
 
 
-def kl_from_delta(
-    delta: Tensor, weight: Tensor, law: Tensor, mean: Tensor, scale: float, precise: bool
-) -> Tensor:
+def kl_from_delta(delta: Tensor, weight: Tensor, law: Tensor, mean: Tensor, scale: float) -> Tensor:
     """Compute what `reference.kl_from_delta` defines, the head chunk by chunk."""
     if (reason := unsupported(delta)) is not None:
         raise KernelUnavailableError(f"impl='triton' cannot run: {reason}; use impl='reference'")
@@ -78,7 +76,7 @@ def kl_from_delta(
             divergence[(padded_rows // m, there // part)](
                 split_rows, words, law, factor, bias, size, state, rows, variants, first,
                 vocabulary, law.stride(0), padded, padded_rows * padded, chunk * padded,
-                TILES=TILES, M=m, N=n, K=k, PRECISE=precise, num_warps=WARPS, num_stages=STAGES,
+                TILES=TILES, M=m, N=n, K=k, num_warps=WARPS, num_stages=STAGES,
             )  # fmt: skip
         merge[(-(-rows // 64),)](state, sums, rows, parts, ROWS=64, num_warps=2)
     total, peak, far = sums.double()

@@ -13,8 +13,7 @@ def _fake(delta: Tensor, *args: Any) -> Tensor:
 
 
 kl_from_delta = declare(
-    "kl_from_delta(Tensor delta, Tensor weight, Tensor law, Tensor mean, float scale, bool precise)"
-    " -> Tensor",
+    "kl_from_delta(Tensor delta, Tensor weight, Tensor law, Tensor mean, float scale) -> Tensor",
     implementations={"reference": reference.kl_from_delta, "triton": launch.kl_from_delta},
     fake=_fake,
     unsupported=launch.unsupported,

@@ -41,13 +41,10 @@ def divergence(law: Tensor, t: Tensor) -> Tensor:
     return torch.where(far.any(-1), torch.logaddexp(near, high), near)
 
 
-def kl_from_delta(
-    delta: Tensor, weight: Tensor, law: Tensor, mean: Tensor, scale: float, precise: bool
-) -> Tensor:
+def kl_from_delta(delta: Tensor, weight: Tensor, law: Tensor, mean: Tensor, scale: float) -> Tensor:
     """Return ``KL(p_n || q_mn)`` with ``log q_v = log p_v + s delta_mn . w_v - const``.
 
     What all logits have in common is taken off before it is multiplied: the mean of the means.
-    Precise or not, products are those of delta's dtype.
     """
     centre = mean.mean(0)
     matrix = weight.to(delta.dtype) - centre

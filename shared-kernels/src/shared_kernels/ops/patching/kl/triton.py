@@ -141,7 +141,6 @@ def divergence_kernel(
     M: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
-    PRECISE: tl.constexpr,
 ):
     """Multiply M rows with TILES tiles of N tokens, from token ``first`` on, and keep three sums.
 
@@ -168,16 +167,13 @@ def divergence_kernel(
         z = tl.zeros((M, N), tl.float32)
         for low in range(0, padded, K):
             a = tl.load(rows_ptr + low)
+            a_rest = tl.load(rows_ptr + rows_plane + low)
             b = tl.load(words + low)
-            if PRECISE:
-                a_rest = tl.load(rows_ptr + rows_plane + low)
-                b_rest = tl.load(words + words_plane + low)
-                # tensor cores cut sums off: short ones are added up by units that round
-                near = tl.dot(a, b_rest)
-                near = tl.dot(a_rest, b, near)
-                z += tl.dot(a, b, near)
-            else:
-                z = tl.dot(a, b, z)
+            b_rest = tl.load(words + words_plane + low)
+            # tensor cores cut sums off: short ones are added up by units that round
+            near = tl.dot(a, b_rest)
+            near = tl.dot(a_rest, b, near)
+            z += tl.dot(a, b, near)
         p = tl.load(law_ptr + low_word)
         # a token that is impossible has no say in what the largest t is
         t = tl.where(p > 0.0, z * factor[:, None] - bias[:, None], 0.0)
