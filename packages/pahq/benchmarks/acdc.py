@@ -8,6 +8,7 @@ some removals, the search on all of them.
 
 from __future__ import annotations
 
+import copy
 import time
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,7 @@ class Case:
         self.device, self.draws = device, torch.Generator().manual_seed(0)
         self.found: dict[str, Search] = {}
         self.present: dict[str, torch.Tensor] = {}
+        self.peak: dict[str, int] = {}
 
     def now(self) -> float:
         """Return seconds, with nothing left to do."""
@@ -48,12 +50,27 @@ class Case:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def search(self, layers, precision="fp32", rows=64, budget=None, name=None):
+    def offloaded(self):
+        """Return a finder whose layers are in the host's memory."""
+        from pahq import CircuitFinder
+
+        return CircuitFinder(copy.deepcopy(self.model).cpu(), offload="cpu", device=self.device)
+
+    def measured(self, name, weights, call):
+        """Call, and note the largest memory on the GPU, with that of weights."""
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        self.peak[name] = torch.cuda.max_memory_allocated() - before + weights
+
+    def search(self, layers, precision="fp32", rows=64, budget=None, name=None, finder=None):
         """Return seconds for each removal of the layers' edges."""
         from pahq.acdc import Acdc
 
-        settings = self.finder._settings(precision, rows, budget)
-        current, measure = self.finder._begin(self.task, "kl", "patch")
+        finder = finder or self.finder
+        settings = finder._settings(precision, rows, budget)
+        current, measure = finder._begin(self.task, "kl", "patch", precision)
         begin = self.now()
         acdc = Acdc(current, measure, THRESHOLD, settings)
         for layer in layers:
@@ -153,6 +170,8 @@ def whole(device):
     name, small = "bf16-delta", "bf16-delta, 512 MiB of rows"
 
     def check():
+        if case.found:
+            return
         case.search(layers, name)
         case.search(layers, name, budget=512 << 20, name=small)
         for arm, found in case.found.items():
@@ -172,8 +191,54 @@ def whole(device):
 
 
 @benchmark
+def memory(device):
+    """The largest memory that searches of all 70,651 edges take; those of seven layers timed."""
+    if device != "cuda":
+        return
+    case = Case("cuda", 64)
+    layers = range(case.graph.layers, -1, -1)
+    last = layers[:8]
+    weights = sum(p.nbytes for p in case.model.parameters())
+    before = torch.cuda.memory_allocated()
+    finder = case.offloaded()
+    resident = torch.cuda.memory_allocated() - before
+    small, least = "bf16-delta, 256 MiB of rows", "the same, layers offloaded"
+    spent = {}
+
+    def searches(layers):
+        options = {"budget": 256 << 20}
+        return {
+            small: lambda: case.search(layers, "bf16-delta", name=small, **options),
+            least: lambda: case.search(layers, "bf16-delta", name=least, finder=finder, **options),
+        }
+
+    def check():
+        if spent:
+            return
+        case.measured("one patched run", weights, lambda: case.patched(3))
+        for name, search in searches(layers).items():
+            case.measured(name, weights if name == small else resident, search)
+            begin = case.now()
+            search()
+            spent[name] = case.now() - begin
+            found = case.found[name]
+            assert abs(case.value(case.present[name]) - found.value) < 1e-5
+        assert torch.equal(case.present[small], case.present[least])
+
+    check()
+    yield Workload(
+        name="acdc/memory", device=device, check=check, baseline=small, clock="returned",
+        params={
+            **case.about(small), "peak bytes, weights included": dict(case.peak),
+            "seconds of a whole search": dict(spent), "timed": "the last seven layers",
+        },
+        arms=[Arm(name=name, fn=search) for name, search in searches(last).items()],
+    )  # fmt: skip
+
+
+@benchmark
 def precisions(device):
-    """All 70,651 edges in float32, bfloat16 and float8."""
+    """All 70,651 edges decided in float32, bfloat16 and float8; those of seven layers timed."""
     if device != "cuda":
         return
     case = Case("cuda", 64)
@@ -182,6 +247,8 @@ def precisions(device):
     differ = {}
 
     def check():
+        if case.found:
+            return
         for name in names:
             case.search(layers, name)
         exact = case.found["fp32"]
@@ -195,15 +262,50 @@ def precisions(device):
                 assert abs(exact.effects[first] - THRESHOLD) < 1e-6
 
     check()
+    last, about = layers[:8], dict(case.found)
     yield Workload(
         name="acdc/precisions", device=device, check=check, baseline="fp32", clock="returned",
         params={
             **case.about(), "edges": case.graph.edges, "differing edges": dict(differ),
-            "batches of each": {name: case.found[name].batches for name in names},
-            "rows of each": {name: case.found[name].rows for name in names},
-            "tried again": {
-                name: case.found[name].checked / case.found[name].tested for name in names
-            },
+            "batches of each": {name: found.batches for name, found in about.items()},
+            "rows of each": {name: found.rows for name, found in about.items()},
+            "tried again": {name: found.checked / found.tested for name, found in about.items()},
+            "timed": "the last seven layers",
         },
+        arms=[Arm(name=name, fn=lambda n=name: case.search(last, n)) for name in names],
+    )  # fmt: skip
+
+
+@benchmark
+def roundings(device):
+    """The last four layers, 16 pairs: activations rounded as published, and differences."""
+    if device != "cuda":
+        return
+    case = Case("cuda", 16)
+    layers = range(case.graph.layers, case.graph.layers - 5, -1)
+    names = ("fp32", "bf16-delta", "fp8-delta", "fp8-rtn", "rtn-q")
+    judged = {}
+
+    def check():
+        if judged:
+            return
+        columns = [r for r in range(case.graph.receivers) if case.graph.place(r)[0] in layers]
+        for name in names:
+            case.search(layers, name)
+            kept = case.present[name][:, columns]
+            exact = case.present["fp32"][:, columns]
+            judged[name] = {
+                "kept": int(kept.sum()), "other decisions": int((kept != exact).sum()),
+                "jaccard": float((kept & exact).sum() / (kept | exact).sum()),
+                "kl of the circuit": case.value(case.present[name]),
+                "tested": case.found[name].tested,
+            }  # fmt: skip
+        assert judged["bf16-delta"]["other decisions"] == 0
+        assert judged["fp8-delta"]["other decisions"] == 0
+
+    check()
+    yield Workload(
+        name="acdc/roundings", device=device, check=check, baseline="fp32", clock="returned",
+        params={**case.about(), "layers": len(layers) - 1, "judged": judged},
         arms=[Arm(name=name, fn=lambda n=name: case.search(layers, n)) for name in names],
     )  # fmt: skip

@@ -232,6 +232,29 @@ def test_bad_options(tiny, tmp_path, capsys, options, match):
     assert not (tmp_path / "x").exists()
 
 
+def test_layers_in_the_hosts_memory(tiny, circuit, tmp_path):
+    options = ("--threshold", 1e-4, "--no-judge", "--offload", "--device", "cpu")
+    assert find(tiny, tmp_path / "offloaded", *options) == 0
+    was, now = (Circuit.from_pretrained(folder) for folder in (circuit, tmp_path / "offloaded"))
+    assert torch.equal(now.present, was.present)
+    assert torch.equal(now.scores.nan_to_num(7), was.scores.nan_to_num(7))
+
+
+def test_a_launch_of_two_processes(tiny, circuit, tmp_path):
+    out = tmp_path / "together"
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+        "-m", "pahq", "find", tiny, "--out", str(out), "--examples", "2", "--min-accuracy", "0",
+        "--threshold", "1e-4", "--no-judge", "--json",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    # one of them tells
+    assert json.loads(done.stdout)["out"] == str(out)
+    was, now = (Circuit.from_pretrained(folder) for folder in (circuit, out))
+    assert torch.equal(now.present, was.present)
+
+
 def test_a_task_that_the_model_cannot_do_is_refused(tiny, tmp_path, capsys):
     code, printed = run(capsys, "find", tiny, "--out", tmp_path / "x", "--min-accuracy", 1)
     assert code == 2

@@ -15,18 +15,10 @@ from shared_kernels.testing.models import tiny_model
 from transformers.models.gemma2.modeling_gemma2 import apply_rotary_pos_emb
 
 sys.path.insert(0, str(Path(__file__).parent))
-from patching_cases import circuit_of, lively, logits, pairs
+from patching_cases import GEMMA, circuit_of, family, lively, logits, pairs
 
 FAMILIES = ["gemma2", "olmo2"]
 KV = ["grouped", "per_query_head"]
-#: So that caps and scale matter to a small model.
-GEMMA = {
-    "attn_logit_softcapping": 0.5, "final_logit_softcapping": 0.2, "query_pre_attn_scalar": 2,
-}  # fmt: skip
-
-
-def model_of(name):
-    return lively(name, **(GEMMA if name == "gemma2" else {}))
 
 
 def random_circuit(graph, share, seed=0):
@@ -42,7 +34,7 @@ def full_and_empty(graph):
 @pytest.mark.parametrize("kv", KV)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_all_edges_are_the_model_and_none_the_corrupted_run(name, kv):
-    model, task = model_of(name), pairs(size=20)
+    model, task = family(name), pairs(size=20)
     finder = CircuitFinder(model, kv=kv)
     circuits = full_and_empty(finder.graph)
     for circuit, ids in zip(circuits, (task.clean, task.corrupted), strict=True):
@@ -55,7 +47,7 @@ def test_all_edges_are_the_model_and_none_the_corrupted_run(name, kv):
     {"query_pre_attn_scalar": 8}, {"sliding_window": 32},
 ])  # fmt: skip
 def test_all_that_is_gemma_2_matters_in_these_tests(change):
-    model, task = model_of("gemma2"), pairs(size=20)
+    model, task = family("gemma2"), pairs(size=20)
     other = lively("gemma2", **(GEMMA | change))
     same = other.state_dict()
     assert all(torch.equal(p, same[key]) for key, p in model.state_dict().items())
@@ -68,7 +60,7 @@ def test_all_that_is_gemma_2_matters_in_these_tests(change):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_senders_of_a_layer_add_up_to_what_it_writes(name):
-    model, task = model_of(name), pairs()
+    model, task = family(name), pairs()
     finder, written = CircuitFinder(model), {}
     graph = finder.graph
     for layer, block in enumerate(model.model.layers):
@@ -91,7 +83,7 @@ def test_senders_of_a_layer_add_up_to_what_it_writes(name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_head_changes_with_another_of_its_layer(name):
-    finder, task = CircuitFinder(model_of(name)), pairs()
+    finder, task = CircuitFinder(family(name)), pairs()
     graph, executor = finder.graph, finder.executor
     base = executor.plain(task.corrupted)
     present = torch.zeros(graph.senders, graph.receivers).bool()
@@ -181,7 +173,7 @@ def literally(finder, ids, present=None, other=None):
 @pytest.mark.parametrize("kv", KV)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_circuits_are_what_recursion_says(name, kv, ablation):
-    finder, task = CircuitFinder(model_of(name), kv=kv), pairs(n=2, size=12)
+    finder, task = CircuitFinder(family(name), kv=kv), pairs(n=2, size=12)
     with torch.no_grad():
         plain, _ = literally(finder, task.corrupted)
         other = plain if ablation == "patch" else lambda s: torch.zeros_like(plain(0))
@@ -197,7 +189,7 @@ def test_circuits_are_what_recursion_says(name, kv, ablation):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_grouped_edges_are_those_of_all_heads_of_the_group(name):
-    model, task = model_of(name), pairs()
+    model, task = family(name), pairs()
     grouped, apart = CircuitFinder(model), CircuitFinder(model, kv="per_query_head")
     present = random_circuit(grouped.graph, 0.5)
     wide = torch.zeros(apart.graph.senders, apart.graph.receivers).bool()
@@ -218,7 +210,7 @@ def test_grouped_edges_are_those_of_all_heads_of_the_group(name):
 @pytest.mark.parametrize("kv", KV)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_eap_is_the_derivative_by_a_factor_on_the_edge(name, kv):
-    finder, task = CircuitFinder(model_of(name), kv=kv), pairs()
+    finder, task = CircuitFinder(family(name), kv=kv), pairs()
     executor = finder.executor
     clean, corrupted = (executor.plain(ids) for ids in (task.clean, task.corrupted))
     metric = Metric("logit_diff", finder.adapter, task, clean.final)
@@ -245,7 +237,7 @@ def test_eap_is_the_derivative_by_a_factor_on_the_edge(name, kv):
 @pytest.mark.parametrize("ablation", ["patch", "zero", "mean"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_evaluation(name, ablation):
-    finder, task = CircuitFinder(model_of(name)), pairs()
+    finder, task = CircuitFinder(family(name)), pairs()
     everything, nothing = (
         finder.evaluate(circuit, task, ("kl", "logit_diff", "nll"), ablation=ablation)
         for circuit in full_and_empty(finder.graph)
@@ -265,7 +257,7 @@ def test_evaluation(name, ablation):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_best_edges_are_better_than_chance(name):
-    finder, task = CircuitFinder(model_of(name)), pairs()
+    finder, task = CircuitFinder(family(name)), pairs()
     best = finder.eap(task, metric="kl", ig_steps=8).top(finder.graph.edges // 2)
     report = evaluation.faithfulness(finder, best, task, random_circuits=4, progress=False)
     assert report.task.circuit.kl < min(score.kl for score in report.task.random)
@@ -289,18 +281,17 @@ def test_models_as_transformers_have_them(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_searches_are_refused(name):
-    finder, task = CircuitFinder(model_of(name)), pairs()
-    for search in (lambda: finder.acdc(task, 0.1), lambda: finder.edge_effects(task)):
-        with pytest.raises(UnsupportedModelError, match=r"share a norm.* use eap, evaluate"):
-            search()
+def test_differences_are_refused(name):
+    finder, task = CircuitFinder(family(name)), pairs()
+    with pytest.raises(UnsupportedModelError, match=r"expected fp32 .* got 'bf16-delta'"):
+        finder.acdc(task, 0.1, precision="bf16-delta")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_bad_input(name):
     with pytest.raises(UnsupportedModelError, match=r"has a bias.* attention_bias=False"):
         CircuitFinder(tiny_model(name, attention_bias=True).eval())
-    adapter = CircuitFinder(model_of(name)).adapter
+    adapter = CircuitFinder(family(name)).adapter
     for heads in ([1], [0, 1, 2], [0, 1, 2, 2], [0, 1, 2, 3, 0]):
         z = torch.zeros(len(heads), 1, 3, 8, dtype=torch.float64)
         with pytest.raises(ValueError, match=r"heads: expected all 4 .* got list \["):
@@ -309,7 +300,7 @@ def test_bad_input(name):
 
 
 def test_queries_and_keys_of_some_heads_are_refused():
-    adapter = CircuitFinder(model_of("olmo2")).adapter
+    adapter = CircuitFinder(family("olmo2")).adapter
     for part, heads in (
         ("q", [1]), ("q", []), ("q", [0, 1, 2, 2]), ("k", [0]), ("k", [0, 0, 1]), ("k", [0, 1, 1]),
     ):  # fmt: skip

@@ -31,7 +31,7 @@ def removed(finder, task, precision, *, share=1.0, receiver="a0.kv0<v>"):
     number = finder.graph.receiver_names.index(receiver)
     suffix = Suffix(current, [number])
     rows = Rows(current, measure, Settings(precision=precision), Acdc(current, measure, 1.0).found)
-    gone = -share * current.tokens_of(current.moved[0], current.need(number))
+    gone = -share * current.gone([0], current.need(number))[0]
     given = rows.changes({number: gone[None]}, rows.low)
     return suffix.run(given, 1, rows.low, rows.weights, 1 << 30)[0].double()
 

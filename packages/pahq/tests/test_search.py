@@ -11,7 +11,7 @@ from pahq.ablation import ablated, from_senders
 from pahq.metrics import Metric
 
 sys.path.insert(0, str(Path(__file__).parent))
-from patching_cases import circuit_of, lively, logits, pairs
+from patching_cases import circuit_of, compare, lively, logits, pairs, sequential
 
 ABLATIONS = ("patch", "zero", "mean", "mean_positional")
 
@@ -81,73 +81,6 @@ def test_means_are_over_what_counts():
 
 
 # --- ACDC, one run for each removal --------------------------------------------------------------
-
-
-def sequential(finder, task, threshold, direct=False, ablation="patch", order="acdc", seed=0):
-    """ACDC of spec and paper, one whole run for each edge; returns edges, value, effects."""
-    graph, executor = finder.graph, finder.executor
-    base = ablated(executor, executor.plain(task.corrupted), ablation, task.positions)
-    measure = Metric("kl", finder.adapter, task, executor.plain(task.clean).final)
-    value = lambda present: float(measure(executor.run(present, task.clean, base).final[None])[0])  # noqa: E731
-    present = torch.from_numpy(graph.full())
-    now, effects, groups = value(present), {}, {}
-
-    def alive(receiver):
-        reached = set(present[:, graph.logits].nonzero()[:, 0].tolist())
-        for r in reversed(range(receiver + 1, graph.logits)):
-            if reached & set(graph.readers(r)):
-                reached |= set(present[:, r].nonzero()[:, 0].tolist())
-        return receiver == graph.logits or bool(reached & set(graph.readers(receiver)))
-
-    receivers = list(graph.order())
-    for receiver in receivers:
-        layer, part, index = graph.place(receiver)
-        if direct and part == "v" and index == graph.key_heads - 1:
-            for kind in "vkq":
-                columns = graph.columns(layer, kind)
-                for r in reversed(range(columns.start, columns.stop)):
-                    if not alive(r):
-                        continue
-                    before = present[:, r].clone()
-                    present[:, r] = False
-                    after = value(present)
-                    groups[r] = after - now
-                    if after - now < threshold:
-                        now = after
-                    else:
-                        present[:, r] = before
-        candidates = graph.candidates(receiver)
-        if order == "reverse":
-            candidates = candidates[::-1]
-        elif order == "shuffle":
-            draws = np.random.default_rng([seed, receiver])
-            candidates = [candidates[i] for i in draws.permutation(len(candidates))]
-        if not alive(receiver):
-            present[:, receiver] = False
-            continue
-        for sender in candidates:
-            if not present[sender, receiver]:
-                continue
-            present[sender, receiver] = False
-            after = value(present)
-            effects[sender, receiver] = after - now
-            if after - now < threshold:
-                now = after
-            else:
-                present[sender, receiver] = True
-    return present, now, effects, groups
-
-
-def compare(found, wanted, graph):
-    present, value, effects, groups = wanted
-    assert torch.equal(found.present, present)
-    assert found.provenance["value"] == pytest.approx(value, abs=1e-11)
-    tried = {tuple(e) for e in (~found.scores.isnan()).nonzero().tolist()}
-    assert tried == set(effects)
-    for edge, effect in effects.items():
-        assert float(found.scores[edge]) == pytest.approx(effect, rel=1e-5, abs=1e-11)
-    told = {graph.receiver_names[r]: effect for r, effect in groups.items()}
-    assert found.provenance["direct_effects"] == pytest.approx(told, rel=1e-5, abs=1e-11)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 64])

@@ -18,11 +18,14 @@ if __name__ == "__main__":
             (300, 256, 256, 4),
             (70, 24, 40, 4),
         ):
-            for window, softcap, dtype in ((None, None, torch.float32), (8, 50.0, torch.bfloat16)):
+            for window, softcap, causal, dtype in (
+                (None, None, True, torch.float32), (8, 50.0, True, torch.bfloat16),
+                (None, None, False, torch.float32),
+            ):  # fmt: skip
                 q, k = torch.ones(2, 2, rows, 3, tokens, width)
                 v = torch.ones(2, 1, 3, tokens, wide)
                 base, kv = torch.ones(2, 3, tokens, wide), torch.zeros(2, dtype=torch.int64)
-                rest = (0.1, window, softcap, dtype)
+                rest = (0.1, window, softcap, causal, dtype)
                 launch.suffix_attention(q, k, v, base, kv, None, *rest)
                 at = torch.zeros(3, dtype=torch.int64)
                 one = (x[:, :, :, :1] for x in (q, base[:, None]))

@@ -27,14 +27,15 @@ def make(tokens=7, width=12, wide=10, rows=(3, 3, 3), heads=4, shared=2, example
     return q, k, v, base, kv, place if at else None
 
 
-def exact(q, k, v, base, kv, at, scale, window=None, softcap=None):
+def exact(q, k, v, base, kv, at, scale, window=None, softcap=None, causal=True):
     """Query by query, in float64."""
     rows = max(q.shape[1], k.shape[1], v.shape[1])
     q, k, v = (x.double().expand(-1, rows, -1, -1, -1) for x in (q, k[kv], v[kv]))
     out = base.double()[:, None].repeat(1, rows, 1, 1, 1).neg()
     for n, i in itertools.product(range(q.shape[2]), range(q.shape[3])):
         last = i if at is None else int(at[n])
-        seen = slice(0 if window is None else max(0, last - window + 1), last + 1)
+        first = 0 if window is None else max(0, last - window + 1)
+        seen = slice(first, last + 1 if causal else None)
         scores = torch.einsum("hmd,hmtd->hmt", q[:, :, n, i], k[:, :, n, seen]) * scale
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
@@ -106,6 +107,29 @@ def test_windows_and_caps(kernel_device, impl, at, window, softcap):
     for tokens in (5, 19, 45):
         args = make(tokens, rows=(2, 1, 1), heads=1, shared=1, at=at, device=device)
         check(args, impl, window=window, softcap=softcap)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("at", [False, True])
+@pytest.mark.parametrize("rows", [(2, 1, 1), (1, 2, 2)])
+def test_of_all_keys(kernel_device, impl, at, rows):
+    device = place(impl, kernel_device)
+    for tokens, softcap in ((1, None), (5, None), (19, 2.0), (70, None)):
+        args = make(tokens, rows=rows, heads=2, shared=1, at=at, device=device)
+        check(args, impl, softcap=softcap, causal=False)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_of_all_keys_the_order_says_nothing(kernel_device, impl):
+    q, k, v, base, kv, at = make(19, rows=(1, 3, 3), at=True, device=place(impl, kernel_device))
+    options = {"at": at, "scale": 0.3, "causal": False, "impl": impl}
+    found = suffix_attention(q, k, v, base, kv, **options)
+    turned = suffix_attention(
+        q, k.flip(3).contiguous(), v.flip(3).contiguous(), base, kv, **options
+    )
+    torch.testing.assert_close(found, turned, atol=1e-6, rtol=0)
+    seen = suffix_attention(q, k, v, base, kv, **options | {"causal": True})
+    assert float((found - seen).abs().max()) > 0.1
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -183,12 +207,14 @@ def test_keys_that_are_not_seen_are_not_read(kernel_device):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("at", [False, True])
-def test_the_op_keeps_the_rules_of_the_house(kernel_device, impl, at):
+@pytest.mark.parametrize(("at", "window", "causal"), [
+    (False, 4, True), (True, 4, True), (False, None, False), (True, None, False),
+])  # fmt: skip
+def test_the_op_keeps_the_rules_of_the_house(kernel_device, impl, at, window, causal):
     def arguments(size):
         device = place(impl, kernel_device)
         args = make(5, rows=(size, 1, size), heads=2, shared=1, at=at, device=device)
-        return *args, 0.3, 4, 5.0, torch.float32, impl
+        return *args, 0.3, window, 5.0, causal, torch.float32, impl
 
     check_op(op.suffix_attention, arguments, [3, 0, 1])
 
@@ -201,7 +227,8 @@ def test_float64_and_gradients_of_the_definition():
     q, k, v, base, kv, _ = make(3, 2, 2, heads=2, shared=1, examples=1, dtype=F64)
     inputs = tuple(x.requires_grad_() for x in (q, k, v))
     assert torch.autograd.gradcheck(
-        lambda *qkv: op.reference.suffix_attention(*qkv, base, kv, None, 0.4, 2, 3.0, F64), inputs
+        lambda *qkv: op.reference.suffix_attention(*qkv, base, kv, None, 0.4, 2, 3.0, True, F64),
+        inputs,
     )
 
 
@@ -229,6 +256,8 @@ def test_bad_input():
         suffix_attention(*one[:5], at=one[5].int(), scale=1.0)
     with pytest.raises(ValueError, match="window: expected an integer"):
         suffix_attention(*tensors, scale=1.0, window=0)
+    with pytest.raises(ValueError, match="window: expected None without causal, got int 3"):
+        suffix_attention(*tensors, scale=1.0, window=3, causal=False)
     with pytest.raises(ValueError, match="softcap: expected a positive number"):
         suffix_attention(*tensors, scale=1.0, softcap=0.0)
     with pytest.raises(TypeError, match="dtype: expected float32 or bfloat16"):
@@ -248,7 +277,9 @@ def test_on_a_gpu(cuda, at, tokens, width, heads, examples, rows):
     for pattern in ((1, 0, 0), (0, 1, 1), (1, 1, 1)):
         some = tuple(rows if one else 1 for one in pattern)
         args = make(tokens, width, width, some, heads, max(1, heads // 3), examples, at, cuda)
-        for options in ({}, {"window": 64, "softcap": 50.0}, {"dtype": torch.bfloat16}):
+        for options in (
+            {}, {"window": 64, "softcap": 50.0}, {"dtype": torch.bfloat16}, {"causal": False},
+        ):  # fmt: skip
             check(args, "triton", **options)
         *tensors, where = args
         found = suffix_attention(*tensors, at=where, scale=0.1)

@@ -31,7 +31,7 @@ def ablated(executor: Executor, run: PlainRun, kind: str, positions: Tensor) -> 
         run: On the corrupted inputs.
         kind: One of these.
         positions: int64 ``(N,)``, the last token of each example that counts; means leave out the
-            tokens behind it.
+            tokens behind it, unless attention sees them.
     """
     if kind == "patch":
         return run
@@ -39,6 +39,8 @@ def ablated(executor: Executor, run: PlainRun, kind: str, positions: Tensor) -> 
         return from_senders(executor, torch.zeros_like(run.senders))
     index = torch.arange(run.senders.shape[2], device=run.senders.device)
     counts = (index <= positions.to(index.device)[:, None]).to(run.senders.dtype)
+    if not executor.adapter.causal:
+        counts = torch.ones_like(counts)
     over = (0, 1) if kind == "mean" else (0,)
     dims = (1, 2) if kind == "mean" else (1,)
     total = (run.senders * counts[:, :, None]).sum(dims, keepdim=True)

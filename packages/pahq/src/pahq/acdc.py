@@ -9,16 +9,16 @@ expected to stay, the rows behind it have it: they are right as long as the gues
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from pahq.current import DEAD
-from pahq.rows import Rows, Search, Settings
-from pahq.suffix import Suffix
+from pahq.current import DEAD, Current
+from pahq.rows import Removals, Rows, Search, Settings
+from pahq.whole import Whole, WholeRows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from pahq.current import Current
     from pahq.metrics import Metric
 
 ORDERS = ("acdc", "reverse", "shuffle")
@@ -57,7 +56,7 @@ class Acdc:
 
     def __init__(
         self,
-        current: Current,
+        current: Current | Whole,
         metric: Metric,
         threshold: float,
         settings: Settings | None = None,
@@ -74,7 +73,7 @@ class Acdc:
         self.order, self.seed, self.expected = order, seed, expected
         self.graph = current.executor.graph
         self.found = Search()
-        self.rows = Rows(current, metric, settings or Settings(), self.found)
+        self.rows = rows_of(current, metric, settings or Settings(), self.found)
         self.rows.begin()
 
     # --- the way through the graph ---------------------------------------------------------------
@@ -102,6 +101,8 @@ class Acdc:
                 self._direct(heads)
             for receiver in heads:
                 self._receiver(receiver)
+        if layer < graph.layers and isinstance(self.current, Current):
+            self.current.release(layer)
         # what was added up row by row is computed once more, so that nothing adds up over layers,
         # and a search that goes on from here has the same numbers
         self.current.compute(layer)
@@ -115,108 +116,70 @@ class Acdc:
         for receiver in graph.order():
             if graph.place(receiver)[0] >= layer:
                 current.close(receiver)
+        if isinstance(current, Current):
+            for behind in range(layer, graph.layers):
+                current.release(behind)
         current.compute(layer)
         self.rows.begin()
 
     def _receiver(self, receiver: int) -> None:
         """Decide the edges into a receiver."""
         current, rows = self.current, self.rows
-        need = current.need(receiver)
-        if need == DEAD:
-            self._cut(receiver)
+        if current.need(receiver) == DEAD:
+            count = int(current.edges[:, receiver].sum())
+            current.edges[:, receiver] = False
+            self._skipped(count)
             return
         candidates = self._candidates(receiver)
-        suffix = Suffix(current, [receiver])
+        removals = rows.removals(receiver)
         last = _Last(self.found.value)
         while candidates:
-            batch = _Removals(candidates[: rows.fitting(suffix, rows.low)], last.start)
+            senders = candidates[: removals.fitting()]
+            guess = [False] * len(senders)
             if self.expected is not None:
-                batch.stay = self.expected[batch.senders, receiver].tolist()
-            names = [f"edge {self.graph.name(sender, receiver)}" for sender in batch.senders]
-            ran = rows.remove(suffix, batch.senders, batch.drop, batch.start, names)
+                guess = self.expected[senders, receiver].tolist()
+            drop = [not stays for stays in guess]
+            names = [f"edge {self.graph.name(sender, receiver)}" for sender in senders]
+            ran = removals.remove(senders, drop, names)
             if ran is None:
                 continue
-            check = partial(self._again, suffix, batch, names)
-            kept, effects = self._decide(ran, batch.stay, last, check)
-            removed = [s for s, stays in zip(batch.senders, kept, strict=False) if not stays]
-            for sender, effect in zip(batch.senders, effects, strict=False):
+            check = None
+            if isinstance(removals, Removals):
+                check = partial(removals.again, senders, drop, names)
+            kept, effects = self._decide(ran, guess, last, check)
+            for sender, effect in zip(senders, effects, strict=False):
                 self.found.effects[sender, receiver] = effect
-            current.edges[removed, receiver] = False
-            if removed:
-                last.start = current.without(last.start, removed, need)
+            removals.drop([s for s, stays in zip(senders, kept, strict=False) if not stays])
             self.found.tested += len(kept)
             self.found.kept += sum(kept)
             candidates = candidates[len(kept) :]
             # far from the current run, too many decisions would have to be made again
-            if last.start is not None and (not candidates or 4 * last.doubt > self.threshold):
-                rows.take(suffix, rows.changes({receiver: last.start[None]}, rows.high))
+            far = not candidates or 4 * last.doubt > self.threshold
+            if isinstance(removals, Removals) and removals.pending and far:
+                removals.take()
                 last = _Last(self.found.value)
             self._tell(len(kept))
         current.close(receiver)
 
-    def _again(
-        self, suffix: Suffix, batch: _Removals, names: list[str], places: list[int]
-    ) -> list[float]:
-        """Return effects of removals in high precision."""
-        current, rows = self.current, self.rows
-        receiver = suffix.receivers[0]
-        need = current.need(receiver)
-        before = batch.start
-        states: list[Tensor] = []
-        for place in range(places[-1] + 1):
-            gone = current.tokens_of(current.moved[batch.senders[place]], need)
-            if place in places:
-                before = torch.zeros_like(gone) if before is None else before
-                states += [before, before - gone]
-            if batch.drop[place]:
-                before = -gone if before is None else before - gone
-        values: list[float] = []
-        while len(values) < len(states):
-            size = max(1, rows.fitting(suffix, rows.high))
-            some = states[len(values) : len(values) + size]
-            given = partial(rows.changes, {receiver: torch.stack(some)}, rows.high)
-            ran = rows.run(suffix, given, [names[places[0]]] * len(some), rows.high)
-            if ran is not None:
-                values += ran[0]
-        self.found.checked += len(places)
-        return [after - was for was, after in zip(values[::2], values[1::2], strict=True)]
-
     def _direct(self, receivers: list[int]) -> None:
         """Decide of receivers whether they are to read anything but the corrupted run."""
-        current, rows = self.current, self.rows
-        candidates = [r for r in receivers if current.need(r) != DEAD]
+        candidates = [r for r in receivers if self.current.need(r) != DEAD]
         while candidates:
-            batch = candidates[: min(_DIRECT, rows.most)]
-            suffix = Suffix(current, batch)
-            change = {
-                r: current.corrupted_input(r, current.need(r)) - current.input(r) for r in batch
-            }
-            # each row has its own receiver's, and those before it
-            on = torch.ones(len(batch), len(batch)).tril().to(rows.base)
+            batch = candidates[: min(_DIRECT, self.rows.most) * self.rows.ranks.count]
             names = [f"any edge into {self.graph.receiver_names[r]}" for r in batch]
-
-            def given(on=on, change=change):
-                rowed = {r: on[:, i, None, None] * change[r] for i, r in enumerate(change)}
-                return rows.changes(rowed, rows.high)
-
-            ran = rows.run(suffix, given, names, rows.high)
+            ran = self.rows.together(batch, names)
             if ran is None:
                 continue
             kept, effects = self._decide(ran, [False] * len(batch), _Last(self.found.value), None)
             self.found.direct.update(zip(batch, effects, strict=False))
             cut = [r for r, stays in zip(batch, kept, strict=False) if not stays]
             if cut:
-                gone = rows.changes({r: change[r][None] for r in cut}, rows.high)
-                for receiver in cut:
-                    self._cut(receiver)
-                rows.take(Suffix(current, cut), gone)
+                count = int(self.current.edges[:, cut].sum())
+                self.rows.empty(cut)
+                self._skipped(count)
             candidates = candidates[len(kept) :]
 
-    def _cut(self, receiver: int) -> None:
-        """Remove all edges into a receiver."""
-        edges = self.current.edges
-        count = int(edges[:, receiver].sum())
-        edges[:, receiver] = False
+    def _skipped(self, count: int) -> None:
         self.found.skipped += count
         self._tell(count)
 
@@ -287,47 +250,21 @@ class Acdc:
 
 
 @dataclass
-class _Removals:
-    """Edges of a receiver that one batch removes.
-
-    Attributes:
-        senders: Theirs, in the order of rows.
-        start: ``(tokens, D)``, what earlier batches have changed of what the receiver reads.
-        stay: Which of them the rows behind them have.
-    """
-
-    senders: list[int]
-    start: Tensor | None
-    stay: list[bool] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.stay = self.stay or [False] * len(self.senders)
-
-    @property
-    def drop(self) -> list[bool]:
-        """Return which of them the rows behind them are without."""
-        return [not stays for stays in self.stay]
-
-
-@dataclass
 class _Last:
     """Where a receiver is on its way.
 
     Attributes:
         value: The metric without all edges that were removed.
         doubt: How far it may be off.
-        start: ``(tokens, D)``, what the receiver reads without them, less what it reads in the
-            current run.
     """
 
     value: float
     doubt: float = 0.0
-    start: Tensor | None = None
 
 
 @torch.no_grad()
 def effects(
-    current: Current, metric: Metric, edges: Tensor, settings: Settings, *, bar: Any = None
+    current: Current | Whole, metric: Metric, edges: Tensor, settings: Settings, *, bar: Any = None
 ) -> Search:
     """Remove edges of a run, each alone, and tell what that adds to the metric.
 
@@ -343,18 +280,17 @@ def effects(
         MemoryError: Not even one row fits.
     """
     graph, found = current.executor.graph, Search()
-    rows = Rows(current, metric, settings, found)
+    rows = rows_of(current, metric, settings, found)
     for receiver in graph.order():
         current.close(receiver)
     rows.begin()
     for receiver in graph.order():
         candidates = [s for s in graph.candidates(receiver) if bool(edges[s, receiver])]
-        suffix = Suffix(current, [receiver]) if candidates else None
-        while suffix is not None and candidates:
-            batch = candidates[: rows.fitting(suffix, rows.low)]
+        removals = rows.removals(receiver) if candidates else None
+        while removals is not None and candidates:
+            batch = candidates[: removals.fitting()]
             names = [f"edge {graph.name(sender, receiver)}" for sender in batch]
-            alone = [False] * len(batch)
-            ran = rows.remove(suffix, batch, alone, None, names)
+            ran = removals.remove(batch, [False] * len(batch), names)
             if ran is None:
                 continue
             for sender, value in zip(batch, ran[0], strict=True):
@@ -364,3 +300,12 @@ def effects(
             if bar is not None:
                 bar.update(len(batch))
     return found
+
+
+def rows_of(
+    current: Current | Whole, metric: Metric, settings: Settings, found: Search
+) -> Rows | WholeRows:
+    """Return how removals from a run are tried."""
+    if isinstance(current, Whole):
+        return WholeRows(current, metric, settings, found)
+    return Rows(current, metric, settings, found)

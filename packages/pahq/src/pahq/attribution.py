@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,19 +44,28 @@ def gradients(
         leaves.append(found)
         return found
 
+    def behind(layer: int, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mlp: Tensor) -> Tensor:
+        parts = {}
+        for part, count, added in (
+            ("q", graph.heads, q), ("k", graph.key_heads, k), ("v", graph.key_heads, v),
+        ):  # fmt: skip
+            parts[part] = executor.own(layer, part, range(count), x + added)
+        keys, values = (parts[part].repeat_interleave(graph.group, 0) for part in "kv")
+        written = executor.outputs(layer, range(graph.heads), parts["q"], keys, values)
+        after = x + written.sum(0)
+        bias = adapter.output(layer)[1]
+        if bias is not None:
+            after = after + bias.to(x.dtype)
+        return after + adapter.mlp(layer, (x if graph.parallel else after) + mlp[0])
+
     with torch.enable_grad():
         for layer in range(graph.layers):
-            parts = {}
-            for part, count in (("q", graph.heads), ("k", graph.key_heads), ("v", graph.key_heads)):
-                parts[part] = executor.own(layer, part, range(count), x + leaf(count))
-            k, v = (parts[part].repeat_interleave(graph.group, 0) for part in "kv")
-            written = executor.outputs(layer, range(graph.heads), parts["q"], k, v)
-            after = x + written.sum(0)
-            bias = adapter.output(layer)[1]
-            if bias is not None:
-                after = after + bias.to(x.dtype)
-            read = (x if graph.parallel else after) + leaf(1)[0]
-            x = after + adapter.mlp(layer, read)
+            added = [leaf(count) for count in (graph.heads, graph.key_heads, graph.key_heads, 1)]
+            if adapter.streamer is None:
+                x = behind(layer, x, *added)
+            else:
+                # a layer's weights are there while it runs: for gradients it runs once more
+                x = checkpoint(behind, layer, x, *added, use_reentrant=False)
         final = x + leaf(1)[0]
         found = list(torch.autograd.grad(metric(final[None]).sum(), leaves))
     layers = [torch.cat(found[first : first + 4]) for first in range(0, 4 * graph.layers, 4)]

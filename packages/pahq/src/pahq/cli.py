@@ -14,7 +14,7 @@ from typing import Any, Literal
 from cyclopts import App
 from shared_kernels.console import JsonFlag, print_json, print_table, run_app
 
-from pahq.loading import held_out, load_model, make_finder, make_task
+from pahq.loading import check_find, held_out, load_model, make_finder, make_task
 
 app = App(
     name="pahq",
@@ -27,6 +27,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Method = Literal["acdc", "eap", "eap-ig", "exact"]
 Metric = Literal["kl", "logit_diff", "prob_diff", "nll"]
 Ablation = Literal["patch", "zero", "mean", "mean_positional"]
+Precision = Literal["auto", "fp32", "bf16-delta", "fp8-delta", "fp8-rtn", "rtn-q"]
 Form = Literal["folder", "mib-json", "mib-pt", "auto-circuit"]
 
 
@@ -46,9 +47,10 @@ def find(
     order: Literal["acdc", "reverse", "shuffle"] = "acdc",
     top: int | None = None,
     ig_steps: int | None = None,
-    precision: Literal["auto", "fp32", "bf16-delta", "fp8-delta"] = "auto",
+    precision: Precision = "auto",
     max_rows: int = 64,
     memory_budget: float | None = None,
+    offload: bool = False,
     kv: Literal["grouped", "per_query_head"] = "grouped",
     min_accuracy: float = 0.5,
     judge: bool = True,
@@ -60,7 +62,8 @@ def find(
 
     ACDC tries to remove every edge, and keeps those whose removal raises the metric by the
     threshold or more. It writes down what is decided after every layer: the same command goes on
-    where it was stopped. The other methods score all edges; --top keeps the best ones.
+    where it was stopped. The other methods score all edges; --top keeps the best ones. Under
+    `accelerate launch -m pahq` or torchrun, processes share the removals of a batch.
 
     Args:
         model: Folder or name on the Hugging Face hub.
@@ -78,8 +81,10 @@ def find(
         top: Edges to keep by score.
         ig_steps: Of eap-ig; 5 by default.
         precision: Of acdc: bits of what removals change; close decisions are made again in float32.
+            fp8-rtn and rtn-q round activations as PAHQ and its baseline do, and find other edges.
         max_rows: Removals tried in one batch.
         memory_budget: GiB that a batch may take; half of what is free on a GPU by default, else 2.
+        offload: Leave the layers in the host's memory, and copy them to the device one at a time.
         kv: Whether query heads that share keys share their edges.
         min_accuracy: A task that the model does less often than this is refused.
         judge: Whether to run the circuit on held-out pairs, beside 20 random circuits of its size.
@@ -88,29 +93,15 @@ def find(
         json_output: Print JSON.
     """
     from pahq.evaluation import faithfulness
+    from pahq.ranks import Ranks
     from pahq.tasks import baseline
 
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out: {out} exists and is not empty; choose another folder")
-    if method in ("eap", "eap-ig") and ablation != "patch":
-        raise ValueError(f"--ablation: gradients know patch only, got {ablation}")
-    for flag, given, owner in (
-        ("--threshold", threshold is not None, "acdc"), ("--direct-edges", direct_edges, "acdc"),
-        ("--order", order != "acdc", "acdc"), ("--precision", precision != "auto", "acdc"),
-        ("--ig-steps", ig_steps is not None, "eap-ig"),
-    ):  # fmt: skip
-        if given and method != owner:
-            raise ValueError(f"{flag}: only {owner} has it, and --method is {method}")
-    for flag, given in (
-        ("--max-rows", max_rows != 64), ("--memory-budget", memory_budget is not None)
-    ):  # fmt: skip
-        if given and method in ("eap", "eap-ig"):
-            raise ValueError(f"{flag}: gradients have no rows, and --method is {method}")
-    if memory_budget is not None and not memory_budget > 0:
-        raise ValueError(f"--memory-budget: expected GiB above 0, got {memory_budget}")
-    if top is not None and method == "acdc":
-        raise ValueError("--top: acdc has a threshold; give --method eap-ig, or leave it out")
-    finder, tokenizer = make_finder(model, device, dtype, kv)
+    check_find(
+        out, method, ablation=ablation, threshold=threshold, direct_edges=direct_edges, order=order,
+        precision=precision, ig_steps=ig_steps, max_rows=max_rows, memory_budget=memory_budget,
+        top=top,
+    )  # fmt: skip
+    finder, tokenizer = make_finder(model, device, dtype, kv, offload)
     pairs = make_task(task, tokenizer, examples, seed)
     held = held_out(pairs, task, tokenizer, examples, seed) if judge else None
     able = baseline(finder.model, pairs, min_accuracy=min_accuracy)
@@ -131,6 +122,8 @@ def find(
         found = finder.eap(pairs, metric=metric or ("kl" if steps else "logit_diff"),
                            ig_steps=steps)  # fmt: skip
     seconds = time.perf_counter() - begin
+    if Ranks().index:
+        return 0  # the first process of a launch writes and tells
     if top is not None:
         found = found.top(top)
     found.provenance |= {

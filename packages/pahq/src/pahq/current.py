@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -34,13 +34,16 @@ class Current:
 
     Args:
         executor: Of the model.
-        clean: Its run on clean inputs; its senders are taken over and changed.
-        corrupted: Of inputs of the same shape; only `PlainRun.senders` may be on another device.
+        clean: Its run on clean inputs.
+        corrupted: Of inputs of the same shape. All but `PlainRun.final` may be in the host's memory
+            in both.
         positions: int64 ``(N,)``, the token of each example whose final state counts.
 
     Attributes:
         present: bool ``(S, R)`` on the CPU; all edges at first.
-        moved: ``(S, N T, D)``, outputs of senders less those of the corrupted run.
+        moved: Of each sender ``(N T, D)``, its output less that of the corrupted run; None where
+            only answers are read of it, or nothing, and all that reads it is decided.
+        answers: ``(S, N, D)``, the same of answers; of no use where nothing is read.
         needs: int8 ``(S,)``, what decided receivers read of each sender.
     """
 
@@ -49,23 +52,20 @@ class Current:
     ) -> None:
         graph = executor.graph
         self.executor, self.corrupted = executor, corrupted
-        senders, examples, tokens, width = clean.senders.shape
-        self.examples, self.tokens = examples, tokens
+        senders, self.examples, self.tokens, self.width = clean.senders.shape
+        self.device, self.dtype = clean.final.device, clean.final.dtype
         self.present = torch.from_numpy(graph.full())
         self.edges = self.present.numpy()
-        self.moved = clean.senders
-        # one layer at a time, for what is corrupted may be in the host's memory
-        for layer in range(graph.layers + 1):
-            part = (
-                slice(0, 1)
-                if not layer
-                else slice(graph.head(layer - 1, 0), graph.mlp(layer - 1) + 1)
-            )
-            self.moved[part] -= corrupted.senders[part].to(self.moved.device)
-        self.moved = self.moved.view(senders, examples * tokens, width)
-        self.positions = positions.to(self.moved.device)
+        self.positions = positions.to(self.device)
         #: Of the answers among all tokens.
-        self.at = torch.arange(examples, device=self.moved.device) * tokens + self.positions
+        self.at = torch.arange(self.examples, device=self.device) * self.tokens + self.positions
+        self.moved: list[Tensor | None] = []
+        # one layer at a time, for both may be in the host's memory, and layers are forgotten
+        for layer in range(-1, graph.layers):
+            part = slice(graph.head(layer, 0), graph.mlp(layer) + 1) if layer >= 0 else slice(0, 1)
+            gone = clean.senders[part].to(self.device) - corrupted.senders[part].to(self.device)
+            self.moved += gone.flatten(1, 2).unbind()
+        self.answers = torch.stack([self._all(s)[self.at] for s in range(senders)])
         self.needs = np.zeros(senders, np.int8)
         self._inputs: dict[int, Tensor] = {}
         self._made: dict[tuple[int, str, int], Tensor] = {}
@@ -80,22 +80,38 @@ class Current:
         if part == "logits":
             return NARROW
         most = int(self.needs[graph.readers(receiver)].max())
-        # every query sees keys and values of the tokens before it
+        # a query sees keys and values of other tokens
         return WIDE if most and part in "kv" else most
 
     def without(self, start: Tensor | None, senders: list[int], need: int) -> Tensor:
         """Return a change less what some senders give, ``(N T, D)`` or, narrow, ``(N, D)``."""
         if start is None:
-            start = torch.zeros_like(self.tokens_of(self.moved[0], need))
-        index = torch.tensor(senders, device=self.moved.device)
-        for some in index.split(_AT_ONCE):
-            start = start - self._summed(some, need)
+            tokens = self.examples * (self.tokens if need == WIDE else 1)
+            start = torch.zeros(tokens, self.width, dtype=self.dtype, device=self.device)
+        for begin in range(0, len(senders), _AT_ONCE):
+            start = start - self.gone(senders[begin : begin + _AT_ONCE], need).sum(0)
         return start
 
-    def _summed(self, senders: Tensor, need: int) -> Tensor:
-        """Return the sum of what some senders give."""
-        found = self.moved[senders] if need == WIDE else self.moved[senders[:, None], self.at]
-        return found.sum(0)
+    def gone(self, senders: Sequence[int], need: int, out: Tensor | None = None) -> Tensor:
+        """Return what some senders give, ``(n, N T, D)`` or, narrow, ``(n, N, D)``."""
+        if need == WIDE:
+            return torch.stack([self._all(sender) for sender in senders], out=out)
+        index = torch.tensor(senders, device=self.device)
+        return torch.index_select(self.answers, 0, index, out=out)
+
+    def _all(self, sender: int) -> Tensor:
+        found = self.moved[sender]
+        if found is None:
+            raise RuntimeError(f"sender {sender} was forgotten, but is read")
+        return found
+
+    def release(self, layer: int) -> None:
+        """Forget what nothing reads of a layer that is decided, as all behind it is."""
+        graph = self.executor.graph
+        for sender in range(graph.head(layer, 0), graph.mlp(layer) + 1):
+            # what is left would otherwise keep the memory of the whole layer
+            read = self.needs[sender] == WIDE
+            self.moved[sender] = self._all(sender).clone() if read else None
 
     def close(self, receiver: int) -> None:
         """Take a receiver as decided: what it reads of its senders counts."""
@@ -109,9 +125,8 @@ class Current:
 
     def corrupted_input(self, receiver: int, need: int) -> Tensor:
         """Return what a receiver read in the corrupted run, ``(N T, D)`` or, narrow, ``(N, D)``."""
-        return self.tokens_of(
-            self.corrupted.read(self.executor.graph, receiver).flatten(0, 1), need
-        )
+        found = self.corrupted.read(self.executor.graph, receiver).to(self.device)
+        return self.tokens_of(found.flatten(0, 1), need)
 
     def tokens_of(self, x: Tensor, need: int) -> Tensor:
         """Return all tokens of ``(..., N T, D)``, or those of answers."""
@@ -126,14 +141,12 @@ class Current:
             graph = self.executor.graph
             layer, part, _ = graph.place(receiver)
             senders = self.edges[: graph.upstream(receiver), receiver]
-            if senders.all() and part != "logits":
+            if need == WIDE and senders.all():
                 # all undecided receivers of a layer read the same
-                found = self.tokens_of(self._stream(layer, part == "mlp", receiver), need)
+                found = self._stream(layer, part == "mlp", receiver)
             else:
-                index = torch.as_tensor(senders.nonzero()[0], device=self.moved.device)
-                found = self.corrupted_input(receiver, need).clone()
-                for some in index.split(_AT_ONCE):
-                    found += self._summed(some, need)
+                found = self.corrupted_input(receiver, need)
+                found = found - self.without(None, senders.nonzero()[0].tolist(), need)
             self._inputs[receiver] = found
         return found
 
@@ -141,7 +154,7 @@ class Current:
         key = (layer, "mlp" if mlp else "heads")
         if self._undecided is None or self._undecided[:2] != key:
             up = self.executor.graph.upstream(receiver)
-            x = self.corrupted_input(receiver, WIDE) + self.moved[:up].sum(0)
+            x = self.corrupted_input(receiver, WIDE) - self.without(None, [*range(up)], WIDE)
             self._undecided = (*key, x)
         return self._undecided[2]
 
@@ -181,7 +194,7 @@ class Current:
 
     def _check_now(self, what: str) -> None:
         # what is made while work is recorded would be there only after it is repeated
-        if self.moved.is_cuda and torch.cuda.is_current_stream_capturing():
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(f"{what} of the current run was not made before work was recorded")
 
     def by_example(self, x: Tensor, need: int) -> Tensor:
@@ -194,6 +207,7 @@ class Current:
 
         def make() -> Tensor:
             adapter = self.executor.adapter
+            adapter.load(layer)
             weight, bias = adapter.weights(layer, part)
             head = self.executor.shared(part, index)
             found = adapter.norm("attention", layer)(self.input(receiver))
@@ -239,6 +253,7 @@ class Current:
 
         def make() -> Tensor:
             x = adapter.norm("mlp", layer)(self.input(receiver))
+            adapter.load(layer)
             inside, factor = adapter.feed_forward(layer).before(x)
             return inside if factor is None else torch.cat([inside, factor], -1)
 
@@ -248,10 +263,10 @@ class Current:
 
     def add(self, sender: int, value: Tensor) -> None:
         """Add to what a sender computes, ``(N T, D)`` or, where only answers count, ``(N, D)``."""
-        if len(value) == self.moved.shape[1]:
-            self.moved[sender] += value
-        else:
-            self.moved[sender, self.at] += value
+        if self.needs[sender] == WIDE:
+            self._all(sender).add_(value)
+            value = value[self.at]
+        self.answers[sender] += value
 
     @torch.no_grad()
     def compute(self, first: int) -> None:
@@ -274,7 +289,8 @@ class Current:
 
     def _set(self, sender: int, value: Tensor) -> None:
         was = self.corrupted.senders[sender].flatten(0, 1).to(value.device)
-        if len(value) == len(was):
-            self.moved[sender] = value - was
+        if self.needs[sender] == WIDE:
+            self._all(sender).copy_(value - was)
+            self.answers[sender] = self._all(sender)[self.at]
         else:
-            self.moved[sender, self.at] = value - was[self.at]
+            self.answers[sender] = value - was[self.at]

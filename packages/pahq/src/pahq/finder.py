@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from shared_kernels._checks import check_choice, check_range, message
-from torch import nn
 
 from pahq.ablation import ABLATIONS, ablated
 from pahq.acdc import ORDERS, Acdc, effects
@@ -20,9 +19,13 @@ from pahq.errors import UnsupportedModelError
 from pahq.forward import Executor
 from pahq.graph import Graph
 from pahq.metrics import Metric, as_metric, metric_name, spread
+from pahq.parity import check_model, check_parity
 from pahq.precision import PRECISIONS
 from pahq.progress import load, save, weights_of
+from pahq.ranks import Ranks, alike
+from pahq.rounding import ROUNDED, RoundedExecutor
 from pahq.rows import Settings, budget_of
+from pahq.whole import Whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -35,9 +38,6 @@ if TYPE_CHECKING:
 
     MetricLike = str | CustomMetric | Callable[[Tensor], Tensor]
 
-#: Largest distance of logits from the model's, over their largest absolute value.
-_PARITY = 1e-4
-
 
 class CircuitFinder:
     """Finds and judges circuits of a model.
@@ -47,52 +47,49 @@ class CircuitFinder:
         kv: ``grouped``: query heads that share keys and values share their receivers, as in the
             model; ``per_query_head``: each has its own, as in TransformerLens.
         check: Whether to compare with the model's own logits first.
+        offload: ``none``, or ``cpu``: the matrices of the model's layers stay in the host's memory,
+            and are copied to the device a layer at a time, the next one while one is used. The
+            finder has the model until `close`; it can be called meanwhile.
+        device: For computation with offloading; a GPU by default, if there is one.
 
     Raises:
         UnsupportedModelError: Another family, a model whose dropout is on, or one whose logits are
             not reproduced.
     """
 
-    def __init__(self, model: Any, *, kv: str = "grouped", check: bool = True) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        kv: str = "grouped",
+        check: bool = True,
+        offload: str = "none",
+        device: torch.device | str | None = None,
+    ) -> None:
         check_choice("kv", kv, ("grouped", "per_query_head"))
+        check_choice("offload", offload, ("none", "cpu"))
+        if device is not None and offload == "none":
+            raise ValueError(message("device", "none without offload", device, "move the model"))
         self.model, self.adapter = model, adapter_of(model)
-        if any(isinstance(m, nn.Dropout) and m.training and m.p for m in model.modules()):
-            raise UnsupportedModelError(
-                "model: its dropout is on, and no two runs would be the same; call model.eval()"
-            )
+        check_model(model)
         heads = self.adapter.heads
         self.graph = Graph(
             self.adapter.layers, heads, self.adapter.key_heads if kv == "grouped" else heads,
             self.adapter.parallel,
         )  # fmt: skip
         self.executor = Executor(self.adapter, self.graph)
+        self._weights: str | None = None
+        if offload == "cpu":
+            self._weights = weights_of(model)
+            device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            self.adapter.stream(device)
         if check:
-            self._check()
+            check_parity(model, self.executor)
 
-    @torch.no_grad()
-    def _check(self) -> None:
-        vocabulary = self.model.get_input_embeddings().weight.shape[0]
-        draws = torch.Generator().manual_seed(0)
-        ids = torch.randint(vocabulary, (2, 12), generator=draws).to(self.adapter.device)
-        training = [module for module in self.model.modules() if module.training]
-        try:
-            self.model.eval()
-            wanted = self.model(input_ids=ids, use_cache=False).logits.to(self.adapter.dtype)
-        finally:
-            for module in training:
-                module.training = True
-        found = self.adapter.logits(self.executor.plain(ids).final)
-        distance = float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-9))
-        if not distance <= self._tolerance():
-            raise UnsupportedModelError(
-                f"model: logits of {type(self.model).__name__} are not reproduced, off by "
-                f"{distance:.1e} of the largest; it has a part that its adapter does not know "
-                "(adapters, quantised weights, another attention), merge or remove it"
-            )
-
-    def _tolerance(self) -> float:
-        # a model of 16 bits rounds its own activations
-        return _PARITY if next(self.model.parameters()).element_size() >= 4 else 0.1
+    def close(self) -> None:
+        """Give an offloaded model its weights back; the finder is of no use afterwards."""
+        if self.adapter.streamer is not None:
+            self.adapter.streamer.close()
 
     # --- runs --------------------------------------------------------------------------------
 
@@ -164,6 +161,8 @@ class CircuitFinder:
             precision: In how many bits differences from the circuit so far are held and multiplied:
                 ``fp32``, ``bf16-delta``, ``fp8-delta``; ``auto`` is ``bf16-delta`` on a GPU, else
                 ``fp32``. Where rounding could turn a decision, it is made again in float32.
+                ``fp8-rtn`` and ``rtn-q`` round activations as published (`pahq.rounding`): they
+                find other circuits and take longer, and are there to be measured.
             max_rows: Removals that are tried in one batch; fewer where they do not fit into memory.
             memory_budget: Bytes that the rows of a batch may take; half of what is free on the GPU
                 by default, 2 GiB on a CPU.
@@ -175,7 +174,7 @@ class CircuitFinder:
             ValueError: A threshold that is not positive, another metric, or fewer than one row.
             ResumeError: The folder has a search with another model, task or setting, or a damaged
                 one.
-            UnsupportedModelError: Heads of a layer share a norm: `eap`, `evaluate` and `run` do.
+            UnsupportedModelError: A precision of differences, and heads of a layer share a norm.
             FloatingPointError: The metric is not finite.
             MemoryError: Not even one removal fits into memory.
         """
@@ -188,13 +187,18 @@ class CircuitFinder:
         if expect is not None:
             self._same(expect, "expect")
         batches = self._settings(precision, max_rows, memory_budget)
-        current, measure = self._begin(task, metric, ablation)
+        current, measure = self._begin(task, metric, ablation, batches.precision)
         settings = {
             "threshold": threshold, "metric": metric_name(metric), "absolute": absolute,
             "ablation": ablation,
             "direct_edges": direct_edges, "order": order, "seed": seed if order == "shuffle" else 0,
             **self._of(task),
         }  # fmt: skip
+        if batches.precision in ROUNDED:
+            settings["rounding"] = batches.precision
+        ranks = Ranks()
+        alike(ranks, settings)
+        progress = progress and not ranks.index
         with tqdm(total=self.graph.edges, desc="acdc", unit="edge", disable=not progress) as bar:
             expected = None if expect is None else expect.present
             search = Acdc(
@@ -207,7 +211,7 @@ class CircuitFinder:
                 bar.update(search.found.tested + search.found.skipped)
             for layer in reversed(range(self.graph.layers + 1 if done is None else done)):
                 search.layer(layer)
-                if resume_from is not None:
+                if resume_from is not None and not ranks.index:
                     save(Path(resume_from), search, layer, settings)
         found = search.found
         names = self.graph.receiver_names
@@ -246,7 +250,6 @@ class CircuitFinder:
 
         Raises:
             ValueError: An edge that there is not, another metric, or fewer than one row.
-            UnsupportedModelError: Heads of a layer share a norm: `eap`, `evaluate` and `run` do.
             FloatingPointError: The metric is not finite.
             MemoryError: Not even one removal fits into memory.
         """
@@ -261,6 +264,9 @@ class CircuitFinder:
         batches = self._settings("fp32", max_rows, memory_budget)
         current, measure = self._begin(task, metric, ablation)
         total = int(wanted.sum())
+        ranks = Ranks()
+        alike(ranks, self._of(task))
+        progress = progress and not ranks.index
         with tqdm(total=total, desc="effects", unit="edge", disable=not progress) as bar:
             found = effects(current, measure, wanted, batches, bar=bar)
         provenance = {
@@ -271,40 +277,45 @@ class CircuitFinder:
 
     def _settings(self, precision: str, rows: int, budget: int | None) -> Settings:
         """Return how batches are run."""
-        check_choice("precision", precision, ("auto", *PRECISIONS))
+        check_choice("precision", precision, ("auto", *PRECISIONS, *ROUNDED))
         check_range("max_rows", rows, 1, 1 << 20, "a batch has a row")
         device = self.adapter.device
         if precision == "auto":
             low = device.type == "cuda" and self.adapter.dtype == torch.float32
-            precision = "bf16-delta" if low else "fp32"
+            precision = "bf16-delta" if low and not self.adapter.shared_scale else "fp32"
+        elif self.adapter.shared_scale and PRECISIONS.get(precision, PRECISIONS["fp32"]).held:
+            raise UnsupportedModelError(
+                f"precision: expected fp32 for {type(self.model).__name__}, got {precision!r}; all "
+                "heads of a layer share a norm, so that every run is of the whole model"
+            )
         if budget is None:
             budget = budget_of(device)
         check_range("memory_budget", budget, 1, 1 << 50, "bytes")
-        return Settings(rows, precision, budget)
+        return Settings(rows, precision, Ranks().least(budget))
 
     @torch.no_grad()
     def _begin(
-        self, task: Task, metric: str | CustomMetric, ablation: str
-    ) -> tuple[Current, Metric]:
+        self, task: Task, metric: str | CustomMetric, ablation: str, precision: str = "fp32"
+    ) -> tuple[Current | Whole, Metric]:
         """Return the run of all edges, and what it is judged by."""
-        if self.adapter.shared_scale:
-            raise UnsupportedModelError(
-                f"model: in {type(self.model).__name__} all heads of a layer share a norm, so that "
-                "an edge into one changes what the others write; acdc and edge_effects do not "
-                "handle that yet, use eap, evaluate and run"
-            )
         check_choice("ablation", ablation, ABLATIONS)
+        executor = self.executor
+        if precision in ROUNDED:
+            executor = RoundedExecutor(self.adapter, self.graph, precision)
         device = self.adapter.device
-        base = self.executor.plain(task.corrupted.to(device))
-        base = ablated(self.executor, base, ablation, task.positions).park()
-        clean = self.executor.plain(task.clean.to(device))
+        base = executor.plain(task.corrupted.to(device))
+        whole = precision in ROUNDED or self.adapter.shared_scale
+        base = ablated(executor, base, ablation, task.positions).park(streams=not whole)
+        clean = executor.plain(task.clean.to(device))
         measure = Metric(metric, self.adapter, task, clean.final)
-        return Current(self.executor, clean, base, task.positions), measure
+        if whole:
+            return Whole(executor, clean, base), measure
+        return Current(executor, clean.park(streams=True), base, task.positions), measure
 
     def _of(self, task: Task) -> dict[str, Any]:
         """Return what a result depends on beside its settings."""
         return {
-            "model": type(self.model).__name__, "weights": weights_of(self.model),
+            "model": type(self.model).__name__, "weights": self._weights or weights_of(self.model),
             "task": task.meta.get("name"), "task_fingerprint": task.fingerprint,
             "d_model": int(self.model.config.get_text_config().hidden_size),
         }  # fmt: skip

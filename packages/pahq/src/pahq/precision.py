@@ -8,7 +8,7 @@ import torch
 from shared_kernels.ops.patching import Rounded, combine_norm, delta_linear, quantize_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from torch import Tensor
 
@@ -49,6 +49,7 @@ class Weights:
     def __init__(self, adapter: Adapter) -> None:
         self.adapter = adapter
         self._rounded: dict[tuple, tuple[Tensor, Tensor | None]] = {}
+        self._precise: dict[tuple, Tensor] = {}
 
     def operand(self, kind: str, layer: int, wanted: torch.dtype) -> torch.dtype:
         """Return what differences are rounded to before a product: float8 has sizes of its own.
@@ -66,6 +67,15 @@ class Weights:
         else:
             sizes = adapter.weights(layer, "q")[0].shape[1:]
         return wanted if all(size % 16 == 0 for size in sizes) else torch.bfloat16
+
+    def hold(self, keys: Iterable[tuple]) -> None:
+        """Have weights of the head in question at hand while others are streamed, and no others.
+
+        Args:
+            keys: Of `times`.
+        """
+        if self.adapter.streamer is not None:
+            self._precise = {key: self._read(key).to(self.adapter.dtype, copy=True) for key in keys}
 
     def times(self, key: tuple, delta: Rounded, out: Tensor | None = None) -> Tensor:
         """Return ``delta W^T``, ``(..., O)``, in the precision of the delta.
@@ -85,6 +95,8 @@ class Weights:
         """Return a weight in some dtype, and the scales of float8."""
         if (key, dtype) in self._rounded:
             return self._rounded[key, dtype]
+        if dtype == self.adapter.dtype and key in self._precise:
+            return self._precise[key], None
         weight = self._read(key)
         if dtype == torch.float8_e4m3fn:
             found = quantize_rows(weight.to(self.adapter.dtype))
@@ -97,6 +109,7 @@ class Weights:
 
     def _read(self, key: tuple) -> Tensor:
         kind, layer = key[:2]
+        self.adapter.load(layer)
         if kind == "output":
             return self.adapter.output(layer)[0][key[2]]
         if kind in ("q", "k", "v"):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from typing import TYPE_CHECKING
 
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator
 
     from torch import Tensor
 
@@ -42,7 +43,7 @@ class Recording:
         self.graph = torch.cuda.CUDAGraph()
         stream = recorder.stream
         stream.wait_stream(torch.cuda.current_stream(stream.device))
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), _without_collection():
             self.graph.capture_begin(pool=recorder.pool, capture_error_mode="thread_local")
             try:
                 self.result = body()
@@ -58,3 +59,15 @@ class Recording:
         """Do it again, and return the result, which the next repetition writes over."""
         self.graph.replay()
         return self.result
+
+
+@contextlib.contextmanager
+def _without_collection() -> Generator[None]:
+    """Collect no garbage: a recording in it would give memory back, which breaks another one."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()

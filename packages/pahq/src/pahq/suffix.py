@@ -143,7 +143,7 @@ class Suffix:
         for (need, *_), some in alike.items():
             keys = sorted({head // graph.group for head in some})
             places = torch.tensor([keys.index(head // graph.group) for head in some])
-            found.append(_Group(need, some, keys, places.to(self.current.moved.device)))
+            found.append(_Group(need, some, keys, places.to(self.current.device)))
         return found
 
     def _add_mlp(self, layer: int) -> None:
@@ -191,7 +191,7 @@ class Suffix:
             lists += [
                 self.slots[s] if needs[s] == WIDE else -1 - self.slots[s] for s in read.senders
             ]
-        device = self.current.moved.device
+        device = self.current.device
         self.entries = torch.tensor(lists, dtype=torch.int32, device=device)
         ends = [end for read in self.reads for end in (0, len(read.senders))]
         self.offsets = torch.tensor(ends, dtype=torch.int32, device=device)
@@ -203,12 +203,13 @@ class Suffix:
     def row_bytes(self, held: torch.dtype) -> int:
         """Return the bytes of a row, of all that is held at once."""
         current = self.current
-        wide, narrow, width = len(current.moved[0]), current.examples, current.moved.shape[2]
+        narrow, width = current.examples, current.width
+        wide = narrow * current.tokens
         kept = (self.counts[WIDE] * wide + self.counts[NARROW] * narrow) * width * held.itemsize
         needs = [current.need(r) for r in [*self.receivers, *(r.receiver for r in self.reads)]]
         tokens = wide if WIDE in needs else narrow
-        # what is given, what is put together, and what a query or an MLP makes of it
-        return kept + tokens * width * (4 + 2 * held.itemsize)
+        # what senders give, that behind the norm, and what a query or an MLP makes of it
+        return kept + tokens * width * (2 * current.dtype.itemsize + 2 * held.itemsize)
 
     # --- one batch -------------------------------------------------------------------------------
 
@@ -216,10 +217,11 @@ class Suffix:
     def prepare(self, precision: Precision, weights: Weights) -> None:
         """Make all that batches need of the current run and of weights, so that none makes it."""
         current = self.current
-        held = precision.held or current.moved.dtype
-        multiplied = precision.multiplied or current.moved.dtype
+        held = precision.held or current.dtype
+        multiplied = precision.multiplied or current.dtype
         for receiver in [*self.receivers, *(read.receiver for read in self.reads)]:
             current.input(receiver)
+        precise: list[tuple] = []
         for step in self.steps:
             layer = step.layer
             if isinstance(step, _Mlp):
@@ -229,12 +231,17 @@ class Suffix:
                 weights.ready(("outer", layer), dtype)
                 continue
             dtype = weights.operand("heads", layer, multiplied)
-            for part, index in step.reads:
+            for (part, index), read in step.reads.items():
                 current.flat(layer, part, index)
-                weights.ready((part, layer, current.executor.shared(part, index)), dtype)
+                key = (part, layer, current.executor.shared(part, index))
+                if read.receiver in self.given:
+                    precise.append(key)
+                else:
+                    weights.ready(key, dtype)
             for head in step.heads:
                 current.head(layer, head)
                 weights.ready(("output", layer, head), held)
+        weights.hold(precise)
 
     @torch.no_grad()
     def run(
@@ -288,13 +295,15 @@ class _Batch:
         self.suffix, self.given, self.rows, self.weights = suffix, given, rows, weights
         current = self.current = suffix.current
         self.adapter: Adapter = current.executor.adapter
-        self.held = precision.held or current.moved.dtype
-        self.multiplied = precision.multiplied or current.moved.dtype
+        self.held = precision.held or current.dtype
+        self.multiplied = precision.multiplied or current.dtype
         self.budget = budget
-        width = current.moved.shape[2]
-        tokens = {WIDE: current.moved.shape[1], NARROW: current.examples}
+        width = current.width
+        tokens = {WIDE: current.examples * current.tokens, NARROW: current.examples}
         self.values = {
-            kind: current.moved.new_empty(count, rows, tokens[kind], width, dtype=self.held)
+            kind: torch.empty(
+                count, rows, tokens[kind], width, dtype=self.held, device=current.device
+            )
             for kind, count in suffix.counts.items()
         }
 
@@ -350,7 +359,7 @@ class _Batch:
             torch.stack([current.head(layer, head) for head in group.heads]), group.places,
             at=None if group.need == WIDE else current.positions,
             scale=self.adapter.scale(layer), window=self.adapter.window(layer),
-            softcap=self.adapter.softcap(layer), dtype=self.held,
+            softcap=self.adapter.softcap(layer), causal=self.adapter.causal, dtype=self.held,
         )  # fmt: skip
         for head, delta in zip(group.heads, found, strict=True):
             out = self.slot(current.executor.graph.head(layer, head))

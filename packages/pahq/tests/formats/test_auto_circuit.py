@@ -106,6 +106,8 @@ def test_what_has_no_rank():
         to_auto_circuit(circuit(**{**SOME, "input->m1": float("inf")}))
     with pytest.raises(ValueError, match="a threshold in its provenance"):
         to_auto_circuit(circuit(**SOME), values="pruned_at")
+    with pytest.raises(ValueError, match="circuit: expected one edge or more, got"):
+        to_auto_circuit(circuit(known={"threshold": 0.1}), values="pruned_at")
     with pytest.raises(ValueError, match="values: expected one of score, pruned_at"):
         to_auto_circuit(circuit(**SOME), values="scores")
 

@@ -9,6 +9,7 @@ from pahq.adapters.gpt2 import GPT2Adapter
 from pahq.adapters.gpt_neox import GPTNeoXAdapter
 from pahq.adapters.llama import LlamaAdapter
 from pahq.adapters.olmo2 import Olmo2Adapter
+from pahq.adapters.tracr import TracrAdapter
 from pahq.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ ADAPTERS: Mapping[str, type[Adapter]] = {
     "olmo2": Olmo2Adapter,
     "qwen2": LlamaAdapter,
     "qwen3": LlamaAdapter,
+    "tracr": TracrAdapter,
 }
 
 

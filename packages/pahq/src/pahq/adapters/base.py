@@ -10,6 +10,7 @@ from shared_kernels.models import Head
 from torch.nn import functional
 
 from pahq.errors import UnsupportedModelError
+from pahq.streaming import Streamer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -54,9 +55,12 @@ class Norm(NamedTuple):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return functional.layer_norm(x, x.shape[-1:], weight, bias, self.eps)
 
-    def scaling(self, x: Tensor) -> tuple[str, Tensor, float]:
+    def scaling(self, x: Tensor) -> tuple[str, Tensor | None, float]:
         """Return all that differences depend on, in the precision of x."""
-        return self.kind, self.weight.to(x.dtype), self.eps
+        return self.kind, None if self.kind == "none" else self.weight.to(x.dtype), self.eps
+
+
+NO_NORM = Norm("none", torch.empty(0), None, 0.0)
 
 
 class FeedForward(NamedTuple):
@@ -129,17 +133,22 @@ class Adapter(abc.ABC):
         layers: L.
         heads: H.
         key_heads: Heads of keys and values that the model has.
+        blocks: Modules of the layers.
         parallel: Whether MLPs read what heads of their layer read.
         shared_scale: Whether heads of a layer share numbers that each of them changes, such as the
             norm of their sum: what a head writes does not depend on its own inputs alone.
+        causal: Whether a query sees the keys up to its own position, in a window if there is one;
+            else it sees all.
         dtype: Of activations.
     """
 
     layers: int
     heads: int
     key_heads: int
+    blocks: Sequence[Any]
     parallel = False
     shared_scale = False
+    causal = True
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -147,8 +156,21 @@ class Adapter(abc.ABC):
         self.device = first.device
         self.dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
         self.head = Head.of(model)
+        #: Brings the weights of a layer that is asked for; None if all are there.
+        self.streamer: Streamer | None = None
         self._angles: dict[int, tuple[Tensor, Tensor]] = {}
         self._positions = 0
+
+    def stream(self, device: torch.device) -> Streamer:
+        """Leave the matrices of layers in the host's memory, and compute on a device."""
+        self.streamer = Streamer(self.model, self.blocks, device)
+        self.device = device
+        return self.streamer
+
+    def load(self, layer: int) -> None:
+        """Have a layer's matrices where they are multiplied, until another's are asked for."""
+        if self.streamer is not None:
+            self.streamer.load(layer)
 
     # --- to be given for a family --------------------------------------------------------------
 
@@ -227,12 +249,27 @@ class Adapter(abc.ABC):
 
     # --- what runs are made of -------------------------------------------------------------------
 
-    def mlp(self, layer: int, x: Tensor) -> Tensor:
-        """Return what an MLP writes, from the residual stream before its norm."""
-        block = self.feed_forward(layer)
-        return block.after(*block.before(self.norm("mlp", layer)(x)))
+    def mlp(self, layer: int, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Return what an MLP writes, from the residual stream before its norm.
 
-    def part(self, layer: int, part: str, heads: Sequence[int], x: Tensor) -> Tensor:
+        Args:
+            layer: Of the MLP.
+            x: ``(..., D)``.
+            dtype: Of all that it computes behind its norm; that of x by default.
+        """
+        self.load(layer)
+        block = self.feed_forward(layer)
+        normed = self.norm("mlp", layer)(x)
+        return block.after(*block.before(normed.to(dtype or x.dtype))).to(x.dtype)
+
+    def part(
+        self,
+        layer: int,
+        part: str,
+        heads: Sequence[int],
+        x: Tensor,
+        rounded: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
         """Return queries, keys or values ``(n, ..., T, d)`` of some heads, each from its input.
 
         Args:
@@ -240,19 +277,30 @@ class Adapter(abc.ABC):
             part: ``q``, ``k`` or ``v``.
             heads: n of them.
             x: ``(n, ..., T, D)``, what each reads from the residual stream.
+            rounded: Rounds both operands of the product, ``(n, ...)``.
         """
-        found = self.project(layer, part, heads, x)
+        found = self.project(layer, part, heads, x, rounded)
         if part == "v":
             return found
         return self.rotate(layer, self.head_norm(layer, part, found))
 
-    def project(self, layer: int, part: str, heads: Sequence[int], x: Tensor) -> Tensor:
+    def project(
+        self,
+        layer: int,
+        part: str,
+        heads: Sequence[int],
+        x: Tensor,
+        rounded: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
         """Return what `part` does, before its norm and its turn."""
+        self.load(layer)
         weight, bias = self.weights(layer, part)
         index = torch.as_tensor(list(heads), device=weight.device)
         weight = weight[index].to(self.dtype)
         normed = self.norm("attention", layer)(x)
         flat = normed.reshape(len(index), -1, normed.shape[-1])
+        if rounded is not None:
+            flat, weight = rounded(flat), rounded(weight)
         found = flat @ weight.transpose(1, 2)
         if bias is not None:
             found = found + bias[index].to(self.dtype)[:, None]
@@ -274,6 +322,8 @@ class Adapter(abc.ABC):
         cap = self.softcap(layer)
         if cap is not None:
             scores = cap * (scores / cap).tanh()
+        if not self.causal:
+            return scores.softmax(-1) @ v
         index = torch.arange(k.shape[-2], device=q.device)
         behind = (index if at is None else at)[..., None] - index
         seen = behind >= 0
@@ -284,11 +334,27 @@ class Adapter(abc.ABC):
             seen = seen[:, None]
         return scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v
 
-    def write(self, layer: int, heads: Sequence[int], z: Tensor) -> Tensor:
-        """Return what some heads write to the residual stream, ``(n, ..., T, D)``, without bias."""
+    def write(
+        self,
+        layer: int,
+        heads: Sequence[int],
+        z: Tensor,
+        rounded: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """Return what some heads write to the residual stream, ``(n, ..., T, D)``, without bias.
+
+        Args:
+            layer: Of the heads.
+            heads: n of them.
+            z: ``(n, ..., T, d)``, what they read.
+            rounded: Rounds both operands of the product, ``(n, ...)``.
+        """
+        self.load(layer)
         weight = self.output(layer)[0]
         weight = weight[torch.as_tensor(list(heads), device=weight.device)].to(self.dtype)
         flat = z.reshape(len(weight), -1, z.shape[-1])
+        if rounded is not None:
+            flat, weight = rounded(flat), rounded(weight)
         return (flat @ weight.transpose(1, 2)).view(*z.shape[:-1], -1)
 
     def logits(self, x: Tensor) -> Tensor:

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 import torch
 from shared_kernels._checks import message
 
-from pahq.adapters.base import Norm
+from pahq.adapters.base import NO_NORM
 from pahq.adapters.post_norm import PostNormAdapter
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
-_NO_NORM = Norm("none", torch.empty(0), None, 0.0)
+    from pahq.adapters.base import Norm
 
 
 class Olmo2Adapter(PostNormAdapter):
@@ -29,9 +29,16 @@ class Olmo2Adapter(PostNormAdapter):
 
     def norm(self, place: str, layer: int = 0) -> Norm:
         """Return the last norm; blocks have none before them."""
-        return _NO_NORM if place in ("attention", "mlp") else self.rms(self.model.model.norm)
+        return NO_NORM if place in ("attention", "mlp") else self.rms(self.model.model.norm)
 
-    def part(self, layer: int, part: str, heads: Sequence[int], x: Tensor) -> Tensor:
+    def part(
+        self,
+        layer: int,
+        part: str,
+        heads: Sequence[int],
+        x: Tensor,
+        rounded: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
         """Return queries, keys or values ``(n, ..., T, d)``, each from its input.
 
         Args:
@@ -39,19 +46,20 @@ class Olmo2Adapter(PostNormAdapter):
             part: ``q``, ``k`` or ``v``.
             heads: For queries and keys all that the model has, each as often as the others.
             x: ``(n, ..., T, D)``, what each reads from the residual stream, all in one run.
+            rounded: Rounds both operands of the product.
 
         Raises:
             ValueError: Queries or keys of some heads only: their norm is over those of all.
         """
         if part == "v":
-            return super().part(layer, part, heads, x)
+            return super().part(layer, part, heads, x, rounded)
         count = self.heads if part == "q" else self.key_heads
         if sorted(heads) != sorted([*range(count)] * max(1, len(heads) // count)):
             remedy = f"the norm of {part} is over all heads of a layer"
             raise ValueError(
                 message("heads", f"all {count} heads, as often as each other", [*heads], remedy)
             )
-        found = self.project(layer, part, heads, x)
+        found = self.project(layer, part, heads, x, rounded)
         norm = self.rms(getattr(self.blocks[layer].self_attn, f"{part}_norm"))
         weight = norm.weight.view(count, -1).to(found.dtype)
         weight = weight[torch.as_tensor([*heads], device=weight.device)]

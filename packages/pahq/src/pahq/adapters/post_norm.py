@@ -26,8 +26,9 @@ from pahq.adapters.llama import LlamaAdapter
 from pahq.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
+    import torch
     from torch import Tensor
 
     from pahq.adapters.base import Norm
@@ -58,17 +59,24 @@ class PostNormAdapter(LlamaAdapter):
         attention, mlp = block.post_attention_layernorm, block.post_feedforward_layernorm
         return self.rms({"attention": attention, "mlp": mlp}[place])
 
-    def mlp(self, layer: int, x: Tensor) -> Tensor:
+    def mlp(self, layer: int, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Return what an MLP writes, behind its norm."""
-        return self.behind("mlp", layer)(super().mlp(layer, x))
+        return self.behind("mlp", layer)(super().mlp(layer, x, dtype))
 
-    def write(self, layer: int, heads: Sequence[int], z: Tensor) -> Tensor:
+    def write(
+        self,
+        layer: int,
+        heads: Sequence[int],
+        z: Tensor,
+        rounded: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
         """Return each head's share of what attention writes, ``(H, ..., T, D)``.
 
         Args:
             layer: Of the heads.
             heads: All of the layer, in any order.
             z: ``(H, ..., T, d)``, what they read, all in one run.
+            rounded: Rounds both operands of the product.
 
         Raises:
             ValueError: Not all heads: a share depends on the sum of all.
@@ -78,6 +86,6 @@ class PostNormAdapter(LlamaAdapter):
             raise ValueError(
                 message("heads", f"all {self.heads} heads of a layer", [*heads], remedy)
             )
-        made, norm = super().write(layer, heads, z), self.behind("attention", layer)
+        made, norm = super().write(layer, heads, z, rounded), self.behind("attention", layer)
         square = made.sum(0).square().mean(-1, keepdim=True)
         return made * (square + norm.eps).rsqrt() * norm.weight.to(made.dtype)

@@ -51,7 +51,8 @@ def to_auto_circuit(circuit: Circuit, *, values: str = "score") -> dict[str, Ten
 
     Raises:
         ValueError: A score is infinite, or only some of the present edges have one: the others
-            have no rank. Or ``pruned_at`` of a circuit whose provenance has no threshold.
+            have no rank. Or ``pruned_at`` of a circuit without edges, or without a threshold in its
+            provenance.
     """
     check_choice("values", values, ("score", "pruned_at"))
     wide = per_query_head(circuit)
@@ -60,6 +61,9 @@ def to_auto_circuit(circuit: Circuit, *, values: str = "score") -> dict[str, Ten
         if not isinstance(absent, float | int):
             remedy = "circuits of CircuitFinder.acdc have one; or use values='score'"
             raise ValueError(message("circuit", "a threshold in its provenance", absent, remedy))
+        if not len(wide):
+            remedy = "that nothing stayed would be read as that all did; use values='score'"
+            raise ValueError(message("circuit", "one edge or more", "none", remedy))
         table = torch.where(wide.present, float("inf"), float(absent))
     else:
         if bool((wide.present & wide.scores.isinf()).any()):
@@ -88,7 +92,9 @@ def from_auto_circuit(
         values: A tensor for each hook, with all hooks that the model has.
         graph: The model's; heads that share keys in it share receivers as `grouped` says.
         threshold: An edge whose absolute value is above it is present. By default those that were
-            never pruned, if there are any, that is infinite values; else all that are not 0.
+            never pruned, if there are any, that is infinite values; else all that are not 0. Give
+            it for an ACDC of auto-circuit in which nothing may have stayed: all values are those at
+            which edges were pruned then, and nothing tells them from effects.
 
     Returns:
         The circuit. Scores are the values, and NaN for those of 0; all are NaN if one value is

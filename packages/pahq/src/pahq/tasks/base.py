@@ -21,7 +21,8 @@ _TEXTS = ("clean", "corrupted")
 class Task:
     """N pairs of prompts.
 
-    Prompts of different length are padded on the right, where no token that counts can see it.
+    Prompts of different length are padded on the right, where no token that counts can see it if
+    attention is causal.
 
     Attributes:
         clean: int64 ``(N, T)``.

@@ -22,6 +22,7 @@ def suffix_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    causal: bool = True,
     dtype: torch.dtype = torch.float32,
     impl: str = "auto",
 ) -> Tensor:
@@ -45,6 +46,8 @@ def suffix_attention(
         scale: Of the inner products.
         window: A query at position i sees the keys j with ``i - window < j <= i``.
         softcap: c of ``c tanh(s / c)``.
+        causal: Whether a query at position i sees the keys up to i; else it sees all of its
+            example, and there is no window.
         dtype: Of the result: float32 or bfloat16, or float64 for float64.
         impl: ``auto``, ``triton`` or ``reference``.
 
@@ -83,6 +86,9 @@ def suffix_attention(
         _check_index("at", at, tokens, "name a token")
     if window is not None:
         check_range("window", window, 1, 1 << 31, "a query sees itself at least, or use None")
+        if not causal:
+            remedy = "it would end at the query"
+            raise ValueError(message("window", "None without causal", window, remedy))
     if softcap is not None and not softcap > 0:
         raise ValueError(message("softcap", "a positive number", softcap, "use None for none"))
     allowed = (torch.float32, torch.bfloat16) if q.dtype == torch.float32 else (torch.float64,)
@@ -91,7 +97,9 @@ def suffix_attention(
         raise TypeError(message("dtype", names, dtype, "round the result afterwards"))
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     cap = None if softcap is None else float(softcap)
-    return op.suffix_attention(q, k, v, base, kv, at, float(scale), window, cap, dtype, impl)
+    return op.suffix_attention(
+        q, k, v, base, kv, at, float(scale), window, cap, causal, dtype, impl
+    )
 
 
 def _check_index(name: str, index: Tensor, end: int, remedy: str) -> None:

@@ -51,6 +51,7 @@ def suffix_attention(
     scale: float,
     window: int | None,
     softcap: float | None,
+    causal: bool,
     dtype: torch.dtype,
 ) -> Tensor:
     """Compute what `reference.suffix_attention` defines."""
@@ -66,8 +67,8 @@ def suffix_attention(
     strides = [_strides(x) for x in (q, k, v)]
     programs = heads * examples * rows
     options: dict[str, Any] = {
-        "WINDOW": window is not None, "SOFTCAP": softcap is not None, "D": width, "DV": wide,
-        "BDV": _power(wide),
+        "CAUSAL": causal, "WINDOW": window is not None, "SOFTCAP": softcap is not None,
+        "D": width, "DV": wide, "BDV": _power(wide),
     }  # fmt: skip
     numbers = (scale, 1.0 if softcap is None else softcap, 1 if window is None else window)
     # launch options are not part of the function's signature

@@ -17,6 +17,7 @@ def _fake(
     scale: float,
     window: int | None,
     softcap: float | None,
+    causal: bool,
     dtype: torch.dtype,
 ) -> Tensor:
     heads, *rest = base.shape
@@ -25,7 +26,7 @@ def _fake(
 
 suffix_attention = declare(
     "suffix_attention(Tensor q, Tensor k, Tensor v, Tensor base, Tensor kv, Tensor? at,"
-    " float scale, SymInt? window, float? softcap, ScalarType dtype) -> Tensor",
+    " float scale, SymInt? window, float? softcap, bool causal, ScalarType dtype) -> Tensor",
     implementations={
         "reference": reference.suffix_attention,
         "triton": launch.suffix_attention,

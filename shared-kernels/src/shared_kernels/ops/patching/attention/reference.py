@@ -24,15 +24,18 @@ def suffix_attention(
     scale: float,
     window: int | None,
     softcap: float | None,
+    causal: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return ``softmax(c tanh(s q k^T / c)) v - base`` row by row, causal and within the window."""
+    """Return ``softmax(c tanh(s q k^T / c)) v - base`` row by row, of the keys that are seen."""
     rows, tokens = count_rows(q, k, v), k.shape[3]
     index = torch.arange(tokens, device=q.device)
     # (examples or 1, queries): how far behind a query each key is
     place = index[None] if at is None else at[:, None]
     behind = place[..., None] - index
-    hidden = behind < 0 if window is None else (behind < 0) | (behind >= window)
+    hidden = behind < 0 if causal else torch.zeros_like(behind, dtype=torch.bool)
+    if window is not None:
+        hidden |= behind >= window
     k, v = k[kv], v[kv]
     found = []
     for row in range(rows):

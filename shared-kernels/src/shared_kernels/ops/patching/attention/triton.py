@@ -50,6 +50,7 @@ def block_attention_kernel(
     scale,
     softcap,
     window,
+    CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     D: tl.constexpr,
@@ -81,7 +82,10 @@ def block_attention_kernel(
     begin = 0
     if WINDOW:
         begin = tl.maximum(first - window + 1, 0) // BK * BK
-    for low in range(begin, tl.minimum(first + BQ, tokens), BK):
+    end = tokens
+    if CAUSAL:
+        end = tl.minimum(first + BQ, tokens)
+    for low in range(begin, end, BK):
         key = low + tl.arange(0, BK)
         known = key < tokens
         keys = k_ptr + key.to(tl.int64)[None, :] * k_token + inner[:, None]
@@ -92,7 +96,9 @@ def block_attention_kernel(
             k = tl.load(keys + entry, mask=known[None, :] & inside[:, None], other=0.0)
             s = tl.dot(q, k, s, input_precision="tf32x3")
         s = _finish(s, scale, softcap, SOFTCAP)
-        seen = key[None, :] <= query[:, None]
+        seen = known[None, :]
+        if CAUSAL:
+            seen = seen & (key[None, :] <= query[:, None])
         if WINDOW:
             seen = seen & (query[:, None] - key[None, :] < window)
         s = tl.where(seen, s, float("-inf"))
@@ -143,6 +149,7 @@ def query_attention_kernel(
     scale,
     softcap,
     window,
+    CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     D: tl.constexpr,
@@ -164,7 +171,9 @@ def query_attention_kernel(
     acc = tl.zeros((BDV,), tl.float32)
     total = tl.zeros((1,), tl.float32)
     peak = tl.full((1,), float("-inf"), tl.float32)
-    end = tl.minimum(position + 1, tokens)
+    end = tokens
+    if CAUSAL:
+        end = tl.minimum(position + 1, tokens)
     begin = 0
     if WINDOW:
         begin = tl.maximum(position - window + 1, 0)
