@@ -191,88 +191,58 @@ def whole(device):
 
 
 @benchmark
-def memory(device):
-    """The largest memory that searches of all 70,651 edges take; those of seven layers timed."""
+def precisions(device):
+    """All 70,651 edges in each precision: decisions and memory; those of two layers are timed."""
     if device != "cuda":
         return
     case = Case("cuda", 64)
     layers = range(case.graph.layers, -1, -1)
-    last = layers[:8]
+    last = layers[:3]
     weights = sum(p.nbytes for p in case.model.parameters())
     before = torch.cuda.memory_allocated()
     finder = case.offloaded()
     resident = torch.cuda.memory_allocated() - before
     small, least = "bf16-delta, 256 MiB of rows", "the same, layers offloaded"
-    spent = {}
+    options = {
+        "fp32": {"precision": "fp32"}, "bf16-delta": {"precision": "bf16-delta"},
+        "fp8-delta": {"precision": "fp8-delta"},
+        small: {"precision": "bf16-delta", "budget": 256 << 20},
+        least: {"precision": "bf16-delta", "budget": 256 << 20, "finder": finder},
+    }  # fmt: skip
+    judged = {}
 
-    def searches(layers):
-        options = {"budget": 256 << 20}
-        return {
-            small: lambda: case.search(layers, "bf16-delta", name=small, **options),
-            least: lambda: case.search(layers, "bf16-delta", name=least, finder=finder, **options),
-        }
+    def search(name, layers):
+        return lambda: case.search(layers, name=name, **options[name])
 
     def check():
-        if spent:
+        if judged:
             return
         case.measured("one patched run", weights, lambda: case.patched(3))
-        for name, search in searches(layers).items():
-            case.measured(name, weights if name == small else resident, search)
+        for name in options:
             begin = case.now()
-            search()
-            spent[name] = case.now() - begin
+            case.measured(name, resident if name == least else weights, search(name, layers))
             found = case.found[name]
             assert abs(case.value(case.present[name]) - found.value) < 1e-5
-        assert torch.equal(case.present[small], case.present[least])
-
-    check()
-    yield Workload(
-        name="acdc/memory", device=device, check=check, baseline=small, clock="returned",
-        params={
-            **case.about(small), "peak bytes, weights included": dict(case.peak),
-            "seconds of a whole search": dict(spent), "timed": "the last seven layers",
-        },
-        arms=[Arm(name=name, fn=search) for name, search in searches(last).items()],
-    )  # fmt: skip
-
-
-@benchmark
-def precisions(device):
-    """All 70,651 edges decided in float32, bfloat16 and float8; those of seven layers timed."""
-    if device != "cuda":
-        return
-    case = Case("cuda", 64)
-    layers = range(case.graph.layers, -1, -1)
-    names = ("fp32", "bf16-delta", "fp8-delta")
-    differ = {}
-
-    def check():
-        if case.found:
-            return
-        for name in names:
-            case.search(layers, name)
-        exact = case.found["fp32"]
-        for name, found in case.found.items():
-            assert abs(case.value(case.present[name]) - found.value) < 1e-5
             unlike = case.present[name] != case.present["fp32"]
-            differ[name] = int(unlike.sum())
-            if differ[name]:
+            judged[name] = {
+                "seconds": case.now() - begin, "other decisions": int(unlike.sum()),
+                "tried again": found.checked / found.tested, "batches": found.batches,
+                "rows": found.rows,
+            }  # fmt: skip
+            if unlike.any():
                 # behind an edge on the threshold's very edge, all that follows may differ
-                first = next(edge for edge in exact.effects if unlike[edge])
-                assert abs(exact.effects[first] - THRESHOLD) < 1e-6
+                effects = case.found["fp32"].effects
+                first = next(edge for edge in effects if unlike[edge])
+                assert abs(effects[first] - THRESHOLD) < 1e-6
 
     check()
-    last, about = layers[:8], dict(case.found)
     yield Workload(
         name="acdc/precisions", device=device, check=check, baseline="fp32", clock="returned",
         params={
-            **case.about(), "edges": case.graph.edges, "differing edges": dict(differ),
-            "batches of each": {name: found.batches for name, found in about.items()},
-            "rows of each": {name: found.rows for name, found in about.items()},
-            "tried again": {name: found.checked / found.tested for name, found in about.items()},
-            "timed": "the last seven layers",
+            **case.about(), "edges": case.graph.edges, "whole searches": judged,
+            "peak bytes, weights included": dict(case.peak), "timed": "the last two layers",
         },
-        arms=[Arm(name=name, fn=lambda n=name: case.search(last, n)) for name in names],
+        arms=[Arm(name=name, fn=search(name, last)) for name in options],
     )  # fmt: skip
 
 

@@ -77,14 +77,12 @@ class Slices:
                 for part, index, share in (("q", head, 0.3), ("k", key, 0.2), ("v", key, 0.3)):
                     if draws.random() < share:
                         read(graph.columns(layer, part).start + index, 4)
-        # what writes is read by some MLP behind it, or by the logits
-        for sender in live:
-            if not found[sender].any():
-                behind = [
-                    graph.columns(layer, "mlp").start for layer in range(graph.layers)
-                    if graph.upstream(graph.columns(layer, "mlp").start) > sender
-                ]  # fmt: skip
-                found[sender, draws.choice([*behind, graph.logits])] = True
+        # what writes is read by some MLP of a layer behind it, or by the logits
+        for layer, heads in enumerate(self.heads):
+            behind = [graph.columns(later, "mlp").start for later in range(layer + 1, graph.layers)]
+            for sender in [*(graph.head(layer, head) for head in heads), graph.mlp(layer)]:
+                if not found[sender, graph.columns(layer, "mlp").stop :].any():
+                    found[sender, draws.choice([*behind, graph.logits])] = True
         return found
 
     def removals(self, layer: int) -> dict[str, int]:

@@ -310,7 +310,9 @@ class CircuitFinder:
         measure = Metric(metric, self.adapter, task, clean.final)
         if whole:
             return Whole(executor, clean, base), measure
-        return Current(executor, clean.park(streams=True), base, task.positions), measure
+        # what is on the GPU goes before the same is there as differences
+        clean = clean.park(streams=True)
+        return Current(executor, clean, base, task.positions), measure
 
     def _of(self, task: Task) -> dict[str, Any]:
         """Return what a result depends on beside its settings."""
