@@ -5,7 +5,8 @@ a random circuit that is as dense as that of indirect object identification in S
 (acdc-whole-nvidia-h200.json): all MLPs and 6 of 32 heads of a layer write something that is read,
 and of those heads' queries, keys and values about a third read something, 4 senders each. In some
 layers all edges into the MLP, into a query and into a value are then decided, with a threshold that
-half a percent of them exceed. Seconds for each removal are interpolated between those layers.
+half a percent of them exceed. Seconds for each removal are interpolated between those layers. Not
+in them are the first runs, and that what is decided is computed once more after each layer.
 """
 
 from __future__ import annotations
