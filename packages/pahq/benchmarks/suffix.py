@@ -17,7 +17,8 @@ def wide(device):
         return
     from pahq import CircuitFinder, Task
     from pahq.acdc import Search
-    from pahq.rows import Rows, Settings
+    from pahq.batches import Settings
+    from pahq.rows import Rows
     from pahq.suffix import Suffix
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from pahq import Circuit, CircuitFinder, Graph, Task, UnsupportedModelError
 from pahq.acdc import Acdc
+from pahq.batches import Settings
 from pahq.current import NARROW, WIDE
 from pahq.metrics import Metric
-from pahq.rows import Settings
 from shared_kernels.testing.models import tiny_model
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, Qwen2Config, Qwen2ForCausalLM
 

@@ -8,8 +8,9 @@ import torch
 from pahq import CircuitFinder
 from pahq import precision as module
 from pahq.acdc import Acdc, _Last
+from pahq.batches import Search, Settings
 from pahq.precision import PRECISIONS, Precision
-from pahq.rows import Rows, Search, Settings
+from pahq.rows import Rows
 from pahq.suffix import Suffix
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from pahq import CircuitFinder, Graph, ResumeError
 from pahq.ablation import ablated, from_senders
+from pahq.batches import Batches, Search, Settings
 from pahq.metrics import Metric
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -344,3 +345,19 @@ def test_a_metric_of_ones_own():
     torch.testing.assert_close(*scores)
     plain = finder.edge_effects(task, ["m0->m1"], metric=lambda x: -gap(x), progress=False)
     assert len(plain) == 1
+
+
+def test_where_many_edges_stay_a_batch_has_fewer_rows(monkeypatch):
+    finder, task = CircuitFinder(lively("llama", layers=4)), pairs()
+    paced = finder.acdc(task, 1e-4, progress=False)
+    monkeypatch.setattr("pahq.batches._OVERHEAD", 1e9)
+    whole = finder.acdc(task, 1e-4, progress=False)
+    assert torch.equal(paced.present, whole.present)
+    assert paced.provenance["rows"] < 0.8 * whole.provenance["rows"]
+    assert paced.provenance["batches"] >= whole.provenance["batches"]
+    # of 50 guesses one is wrong, and a batch takes 2 rows more than it has
+    monkeypatch.setattr("pahq.batches._OVERHEAD", 2)
+    rows = Batches(Settings(), Search())
+    for _ in range(200):
+        rows.went(50, True)
+    assert rows.worth() == round((2 * 2 * 50) ** 0.5)

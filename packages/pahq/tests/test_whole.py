@@ -7,9 +7,9 @@ import pytest
 import torch
 from pahq import CircuitFinder
 from pahq.acdc import Acdc, effects
+from pahq.batches import Settings
 from pahq.metrics import Metric
 from pahq.rounding import RoundedExecutor
-from pahq.rows import Settings
 from pahq.whole import Whole, WholeRows
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from pahq.batches import Search, Settings
 from pahq.current import DEAD, Current
-from pahq.rows import Removals, Rows, Search, Settings
+from pahq.rows import Removals, Rows
 from pahq.whole import Whole, WholeRows
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ class Acdc:
             MemoryError: Not even one row fits.
         """
         graph = self.graph
+        self.rows.anew()
         if layer == graph.layers:
             self._receiver(graph.logits)
         else:
@@ -147,6 +149,7 @@ class Acdc:
             if isinstance(removals, Removals):
                 check = partial(removals.again, senders, drop, names)
             kept, effects = self._decide(ran, guess, last, check)
+            rows.went(len(kept), kept[-1] != guess[len(kept) - 1])
             for sender, effect in zip(senders, effects, strict=False):
                 self.found.effects[sender, receiver] = effect
             removals.drop([s for s, stays in zip(senders, kept, strict=False) if not stays])

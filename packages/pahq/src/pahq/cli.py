@@ -388,7 +388,8 @@ def doctor(
 ) -> int:
     """Say whether a model can be searched, and about how long that will take here.
 
-    The exit status is 1 if the model is refused.
+    A row of a search runs changes alone, or, where heads share a norm, whole runs, which take
+    longer. The exit status is 1 if the model is refused.
 
     Args:
         model: Folder or name on the Hugging Face hub.
@@ -417,9 +418,9 @@ def doctor(
     size = pairs.clean.numel() * int(finder.model.config.get_text_config().hidden_size)
     # what senders differ by, and what layers read in both runs
     held = size * (graph.senders + 4 * graph.layers) * finder.adapter.dtype.itemsize
-    search = not finder.adapter.shared_scale
+    search = "whole runs" if finder.adapter.shared_scale else "changes"
     result = {
-        "name": model, "works": True, "acdc": search, "edges": graph.edges,
+        "name": model, "works": True, "rows": search, "edges": graph.edges,
         "senders": graph.senders, "receivers": graph.receivers,
         "plain_seconds": seconds, "state_bytes": held,
         "one_by_one_seconds": seconds * graph.edges,
@@ -429,7 +430,7 @@ def doctor(
     print_table(
         [
             ("logits are the model's", "yes"),
-            ("methods", "all" if search else "eap and eap-ig: its heads share a norm"),
+            ("a row of a search runs", search),
             ("edges", f"{graph.edges:,} from {graph.senders:,} senders"),
             ("a run of the pairs", f"{seconds:.2f} s"),
             ("a run for each edge would be", f"{seconds * graph.edges / 3600:.1f} h at most"),

@@ -13,6 +13,7 @@ from pahq.ablation import ABLATIONS, ablated
 from pahq.acdc import ORDERS, Acdc, effects
 from pahq.adapters import adapter_of
 from pahq.attribution import edge_scores
+from pahq.batches import Settings, budget_of
 from pahq.circuit import Circuit
 from pahq.current import Current
 from pahq.errors import UnsupportedModelError
@@ -24,7 +25,6 @@ from pahq.precision import PRECISIONS
 from pahq.progress import load, save, weights_of
 from pahq.ranks import Ranks, alike
 from pahq.rounding import ROUNDED, RoundedExecutor
-from pahq.rows import Settings, budget_of
 from pahq.whole import Whole
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from pahq.batches import Search
     from pahq.metrics import CustomMetric
-    from pahq.rows import Search
     from pahq.tasks import Task
 
     MetricLike = str | CustomMetric | Callable[[Tensor], Tensor]
@@ -265,7 +265,7 @@ class CircuitFinder:
         current, measure = self._begin(task, metric, ablation)
         total = int(wanted.sum())
         ranks = Ranks()
-        alike(ranks, self._of(task))
+        alike(ranks, {**self._of(task), "metric": metric_name(metric), "ablation": ablation})
         progress = progress and not ranks.index
         with tqdm(total=total, desc="effects", unit="edge", disable=not progress) as bar:
             found = effects(current, measure, wanted, batches, bar=bar)

@@ -50,6 +50,7 @@ class Weights:
         self.adapter = adapter
         self._rounded: dict[tuple, tuple[Tensor, Tensor | None]] = {}
         self._precise: dict[tuple, Tensor] = {}
+        self._operands: dict[tuple[str, int], torch.dtype] = {}
 
     def operand(self, kind: str, layer: int, wanted: torch.dtype) -> torch.dtype:
         """Return what differences are rounded to before a product: float8 has sizes of its own.
@@ -61,12 +62,18 @@ class Weights:
         """
         if wanted != torch.float8_e4m3fn:
             return wanted
+        if (kind, layer) not in self._operands:
+            self._operands[kind, layer] = self._operand(kind, layer)
+        return self._operands[kind, layer]
+
+    def _operand(self, kind: str, layer: int) -> torch.dtype:
         adapter = self.adapter
         if kind == "mlp":
             sizes = adapter.feed_forward(layer).inner.shape
         else:
             sizes = adapter.weights(layer, "q")[0].shape[1:]
-        return wanted if all(size % 16 == 0 for size in sizes) else torch.bfloat16
+        fits = all(size % 16 == 0 for size in sizes)
+        return torch.float8_e4m3fn if fits else torch.bfloat16
 
     def hold(self, keys: Iterable[tuple]) -> None:
         """Have weights of the head in question at hand while others are streamed, and no others.

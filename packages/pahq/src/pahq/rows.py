@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-import math
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from shared_kernels.ops.patching import prefix_norm
 
+from pahq.batches import Batches
 from pahq.metrics import CustomMetric
 from pahq.precision import PRECISIONS, Weights, behind
-from pahq.ranks import Ranks
 from pahq.recording import Recorder
 from pahq.suffix import Suffix
 
@@ -22,116 +19,10 @@ if TYPE_CHECKING:
     from shared_kernels.ops.patching import Rounded
     from torch import Tensor
 
+    from pahq.batches import Search, Settings
     from pahq.current import Current
     from pahq.metrics import Metric
     from pahq.precision import Precision
-
-_LOG = logging.getLogger(__name__)
-
-
-@dataclass
-class Search:
-    """How a search went.
-
-    Attributes:
-        value: The metric of the circuit.
-        tested: Edges that were tried.
-        skipped: Edges removed because nothing reads what they reach, or with all of their head's.
-        kept: Edges that stayed.
-        batches: Forward passes over what follows a receiver.
-        rows: In all of them.
-        checked: Edges that were tried again in high precision.
-        effects: By edge ``(sender, receiver)``, what its removal added to the metric when it was
-            tried.
-        direct: By receiver, what the removal of all its edges at once added.
-    """
-
-    value: float = 0.0
-    tested: int = 0
-    skipped: int = 0
-    kept: int = 0
-    batches: int = 0
-    rows: int = 0
-    checked: int = 0
-    effects: dict[tuple[int, int], float] = field(default_factory=dict)
-    direct: dict[int, float] = field(default_factory=dict)
-
-
-@dataclass
-class Settings:
-    """How much is done at once, and how precisely.
-
-    Attributes:
-        rows: Of a batch at most.
-        precision: One of `pahq.precision.PRECISIONS`.
-        budget: Bytes that rows may take.
-    """
-
-    rows: int = 64
-    precision: str = "fp32"
-    budget: int = 2 << 30
-
-
-def budget_of(device: torch.device) -> int:
-    """Return how many bytes rows may take on a device if nothing else is said."""
-    if device.type != "cuda":
-        return 2 << 30
-    return torch.cuda.mem_get_info(device)[0] // 2
-
-
-class Batches:
-    """Judges rows, as many at a time as fit into memory.
-
-    Args:
-        settings: Of batches.
-        found: Told of batches and rows.
-    """
-
-    def __init__(self, settings: Settings, found: Search) -> None:
-        self.most, self.budget, self.found = settings.rows, settings.budget, found
-        self.ranks = Ranks()
-
-    def caught(
-        self, judge: Callable[[slice], Tensor], names: Sequence[str], like: Tensor
-    ) -> tuple[list[float], list[float]] | None:
-        """Return the metric of rows and how far it may be off; None where fewer rows will fit.
-
-        Args:
-            judge: Of some rows it returns both, ``(2, m)``, or more than m: those of this process.
-            names: Of what M rows remove, for an error.
-            like: Of the dtype and on the device of the metric.
-
-        Raises:
-            FloatingPointError: The metric is not finite.
-            MemoryError: Not even one row fits.
-        """
-        count, mine = len(names), self.ranks.share(len(names))
-        found, failed = None, None
-        try:
-            found = judge(mine) if mine.start < mine.stop else like.new_zeros(2, 0)
-        except torch.OutOfMemoryError as error:
-            failed, found = error, None
-        found = self.ranks.gather(found, count, like)
-        if found is None:
-            if count <= self.ranks.count:
-                raise MemoryError(
-                    "one row does not fit into memory; give fewer or shorter examples"
-                ) from failed
-            self.most = -(-count // self.ranks.count) // 2
-            _LOG.warning("out of memory with %d rows: goes on with %d rows", count, self.most)
-            self.dropped()
-            torch.cuda.empty_cache()
-            return None
-        values, doubt = found[:, :count].tolist()
-        for value, name in zip(values, names, strict=True):
-            if not math.isfinite(value):
-                raise FloatingPointError(f"metric: {value} without {name}")
-        self.found.batches += 1
-        self.found.rows += count
-        return values, doubt
-
-    def dropped(self) -> None:
-        """Forget what batches would be repeated from."""
 
 
 class Rows(Batches):
@@ -387,7 +278,11 @@ class Removals:
 
     def fitting(self) -> int:
         """Return how many rows a batch may have."""
-        return self.rows.fitting(self.suffix, self.rows.low)
+        rows = self.rows
+        most = rows.fitting(self.suffix, rows.low)
+        # a GPU hardly takes longer for more rows, and repeats what is recorded with as many
+        on_cpu = rows.current.device.type == "cpu"
+        return min(most, rows.worth() * rows.ranks.count) if on_cpu else most
 
     def remove(
         self, senders: Sequence[int], drop: Sequence[bool], names: Sequence[str]

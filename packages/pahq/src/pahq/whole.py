@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from pahq.batches import Batches
 from pahq.forward import State
 from pahq.rounding import RoundedExecutor
-from pahq.rows import Batches
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
+    from pahq.batches import Search, Settings
     from pahq.forward import Executor, PlainRun
     from pahq.metrics import Metric
-    from pahq.rows import Search, Settings
 
 
 class Whole:
@@ -189,8 +189,9 @@ class WholeRemovals:
     def fitting(self) -> int:
         """Return how many rows a batch may have."""
         rows = self.rows
-        size = rows.current.row_bytes(self.receiver)
-        return max(1, min(rows.most, rows.budget // size)) * rows.ranks.count
+        most = max(1, min(rows.most, rows.budget // rows.current.row_bytes(self.receiver)))
+        on_cpu = rows.current.moved.device.type == "cpu"
+        return min(most, rows.worth() if on_cpu else most) * rows.ranks.count
 
     def remove(
         self, senders: Sequence[int], drop: Sequence[bool], names: Sequence[str]
