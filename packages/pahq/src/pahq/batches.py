@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 #: What a batch takes on a CPU beside its rows, in rows.
-_OVERHEAD = 2
+_OVERHEAD = 8
 _LOG = logging.getLogger(__name__)
 
 
