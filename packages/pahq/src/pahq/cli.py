@@ -62,8 +62,8 @@ def find(
 
     ACDC tries to remove every edge, and keeps those whose removal raises the metric by the
     threshold or more. It writes down what is decided after every layer: the same command goes on
-    where it was stopped. The other methods score all edges; --top keeps the best ones. Under
-    `accelerate launch -m pahq` or torchrun, processes share the removals of a batch.
+    where it was stopped. The other methods score all edges; --top keeps the best ones. The
+    processes of `torchrun -m pahq find ...` share the removals of a batch.
 
     Args:
         model: Folder or name on the Hugging Face hub.

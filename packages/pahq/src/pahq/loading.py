@@ -64,11 +64,15 @@ def make_finder(
     name: str, device: str | None, dtype: str, kv: str, offload: bool = False
 ) -> tuple[CircuitFinder, Any]:
     """Return a finder of a model, and its tokenizer; with others of a launch, in their group."""
+    import torch
     from torch import distributed
 
     from pahq.finder import CircuitFinder
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
+        if torch.cuda.is_available() and device is None:
+            # where a process gathers what it sends to others
+            torch.cuda.set_device(_place(None))
         distributed.init_process_group()
     if offload:
         model, tokenizer = load_model(name, "cpu", dtype)

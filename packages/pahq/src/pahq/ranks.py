@@ -1,4 +1,4 @@
-"""Rows of a batch over the processes of a group, as of `accelerate launch`.
+"""Rows of a batch over the processes of a group, as torchrun starts them.
 
 Every process has the model and the current run, runs its share of the rows, and gets the values of
 all, from which all decide alike.
