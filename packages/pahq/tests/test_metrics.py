@@ -115,6 +115,26 @@ def test_gradients_are_those_of_differences(metric):
     assert (slope[0][~at] == 0).all()
 
 
+@pytest.mark.parametrize("metric", [*METRICS, lambda logits: logits.std(-1).mean(-1)])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_slopes_are_those_of_differences(name, metric):
+    """Against central differences in every direction, away from the clean states."""
+    adapter, task, final = parts(name)
+    measure = Metric(metric, adapter, task, final[0])
+    at = 0.3 * torch.randn(3, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        found, step = measure.slopes(at), 1e-5
+        along = torch.eye(32, dtype=torch.float64) * step
+        for n in range(3):
+            each = torch.zeros(32, 3, 32, dtype=torch.float64)
+            each[:, n] = along
+            change = measure.of(at + each)[0] - measure.of(at - each)[0]
+            wanted = float(change.norm()) / (2 * step)
+            assert float(found[n]) == pytest.approx(wanted, rel=1e-4, abs=1e-9)
+            assert wanted > 1e-4
+    assert not found.requires_grad
+
+
 def test_a_metric_of_ones_own():
     adapter, task, final = parts()
     seen = []
@@ -137,6 +157,14 @@ def test_a_metric_of_ones_own():
     nll = Metric("nll", adapter, task, final[0])(final)
     own = CustomMetric(lambda logits: log_prob(logits, SETS).mean(-1), maximise=True)
     torch.testing.assert_close(Metric(own, adapter, task, final[0])(final), nll)
+
+
+def test_steps_have_no_slope():
+    adapter, task, final = parts()
+    measure = Metric(
+        lambda logits: (logits.argmax(-1) == 5).double().sum(-1), adapter, task, final[0]
+    )
+    assert measure.slopes(torch.zeros(3, 32, dtype=torch.float64)) is None
 
 
 def test_names_of_metrics():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pahq import CircuitFinder
+from pahq import CircuitFinder, CustomMetric
 from pahq import precision as module
 from pahq.acdc import Acdc, _Last
 from pahq.batches import Search, Settings
@@ -74,6 +74,36 @@ def test_decisions_are_those_of_float32(name, kv, precision):
         assert 0 <= found.provenance["checked"] < found.provenance["tested"]
         kept.add(len(found))
     assert len(kept) == 3
+
+
+@pytest.mark.parametrize("metric", ["logit_diff", "prob_diff", "nll", "spread"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_what_cancels_in_a_metric_does_not_in_its_doubt(name, metric):
+    """Changes of examples, or of logits, may cancel; what rounding makes of them does not."""
+    if metric == "spread":
+        metric = CustomMetric(lambda logits: -logits.std(-1).mean(-1), "spread")
+    finder, kept = single(name), []
+    threshold = 1e-4 if metric == "prob_diff" else 2e-3
+    for seed in (0, 3):
+        task = pairs(seed=seed)
+        options = {"metric": metric, "absolute": True, "max_rows": 16, "progress": False}
+        wanted = finder.acdc(task, threshold, precision="fp32", **options)
+        for precision in LOW:
+            found = finder.acdc(task, threshold, precision=precision, **options)
+            assert torch.equal(found.present, wanted.present)
+        kept.append(len(wanted))
+    assert 0 < min(kept) < finder.graph.edges
+
+
+def test_a_metric_without_a_gradient():
+    def right(logits):
+        return -(logits.argmax(-1) == torch.arange(5, 8)).double().mean(-1)
+
+    finder, task = single("llama"), pairs()
+    found = finder.acdc(task, 0.1, metric=right, precision="auto", progress=False)
+    assert found.provenance["precision"] == "fp32"
+    with pytest.raises(ValueError, match=r"precision: expected fp32 or auto, .*right has no grad"):
+        finder.acdc(task, 0.1, metric=right, precision="bf16-delta", progress=False)
 
 
 def flips(finder, task, threshold, precision, monkeypatch, doubt):

@@ -160,9 +160,10 @@ class CircuitFinder:
                 nothing but the time.
             precision: In how many bits differences from the circuit so far are held and multiplied:
                 ``fp32``, ``bf16-delta``, ``fp8-delta``; ``auto`` is ``bf16-delta`` on a GPU, else
-                ``fp32``. Where rounding could turn a decision, it is made again in float32.
-                ``fp8-rtn`` and ``rtn-q`` round activations as published (`pahq.rounding`): they
-                find other circuits and take longer, and are there to be measured.
+                ``fp32``, as with a metric without a gradient. Where rounding could turn a decision,
+                it is made again in float32. ``fp8-rtn`` and ``rtn-q`` round activations as
+                published (`pahq.rounding`): they find other circuits and take longer, and are there
+                to be measured.
             max_rows: Removals that are tried in one batch; fewer where they do not fit into memory.
             memory_budget: Bytes that the rows of a batch may take; half of what is free on the GPU
                 by default, 2 GiB on a CPU.
@@ -171,7 +172,8 @@ class CircuitFinder:
             progress: Whether to show a bar.
 
         Raises:
-            ValueError: A threshold that is not positive, another metric, or fewer than one row.
+            ValueError: A threshold that is not positive, another metric, fewer than one row, or few
+                bits for a metric without a gradient.
             ResumeError: The folder has a search with another model, task or setting, or a damaged
                 one.
             UnsupportedModelError: A precision of differences, and heads of a layer share a norm.
@@ -188,6 +190,13 @@ class CircuitFinder:
             self._same(expect, "expect")
         batches = self._settings(precision, max_rows, memory_budget)
         current, measure = self._begin(task, metric, ablation, batches.precision)
+        low = batches.precision in PRECISIONS and PRECISIONS[batches.precision].doubt
+        if low and measure.slopes(torch.zeros_like(measure.clean)) is None:
+            # how far rounding is off is judged by its gradient
+            if precision != "auto":
+                remedy = f"{metric_name(metric)} has no gradient"
+                raise ValueError(message("precision", "fp32 or auto", precision, remedy))
+            batches.precision = "fp32"
         settings = {
             "threshold": threshold, "metric": metric_name(metric), "absolute": absolute,
             "ablation": ablation,

@@ -155,6 +155,23 @@ class Metric:
             each = score(logits, wrong) - score(logits, self.right)
         return each.mean(-1), each
 
+    def slopes(self, moved: Tensor) -> Tensor | None:
+        """Return how far the metric moves with the final state of each example, at most.
+
+        Args:
+            moved: ``(N, D)``, of one row, as in `of`.
+
+        Returns:
+            Norms of its gradient ``(N,)``; None for a `CustomMetric` that has none.
+        """
+        with torch.enable_grad():
+            moved = moved.detach().requires_grad_()
+            value = self.of(moved[None])[0].sum()
+            if not value.requires_grad:
+                return None
+            (slope,) = torch.autograd.grad(value, moved)
+        return slope.norm(dim=-1)
+
     def _kl(self, moved: Tensor) -> Tensor:
         head = self.adapter.head
         if self.clean_logits is not None:

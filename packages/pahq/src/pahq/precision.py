@@ -22,8 +22,9 @@ class Precision(NamedTuple):
     Attributes:
         held: Dtype of what senders and receivers differ by; None for that of the run itself.
         multiplied: Dtype of what weights are multiplied by.
-        doubt: How far the change of a metric may be off, in parts of it: decisions that this could
-            turn are made again in the precision of the run.
+        doubt: How far a metric may be off, in parts of how far rows are from the current run, as
+            `pahq.rows.Rows` tells: decisions that this could turn are made again in the precision
+            of the run.
     """
 
     held: torch.dtype | None

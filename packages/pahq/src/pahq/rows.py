@@ -15,6 +15,7 @@ from pahq.suffix import Suffix
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from typing import Any
 
     from shared_kernels.ops.patching import Rounded
     from torch import Tensor
@@ -54,6 +55,8 @@ class Rows(Batches):
         current = self.current
         self.base = current.input(current.executor.graph.logits) - self.metric.clean
         values, self.each = self.metric.of(self.base[None])
+        if self.low.doubt:
+            self.slopes: Any = self.metric.slopes(self.base)
         self.found.value = self.value = float(self.ranks.first(values)[0])
 
     def removals(self, receiver: int) -> Removals:
@@ -229,12 +232,28 @@ class Rows(Batches):
         if change is None:
             change = self.base.new_zeros(1).expand(rows, *self.base.shape)
         values, each = self.metric.of(self.base + change)
-        # changes of examples may cancel in their mean, but not what rounding makes of them
+        if not precision.doubt:
+            return torch.stack([values, torch.zeros_like(values)])
+        return torch.stack([values, precision.doubt * self._size(values, each, change)])
+
+    def _size(self, values: Tensor, each: Tensor | None, change: Tensor) -> Tensor:
+        """Return how far rows are from the current run, of which rounding is a share.
+
+        The changes of examples, or of logits, may cancel in a metric; what rounding makes of them
+        does not. Half of it is what the metric of examples changes by. To that comes what changes
+        of the final states would move it by in a direction drawn at random, to first order.
+
+        Args:
+            values: ``(M,)``, of rows.
+            each: ``(M, N)``, of their examples, if these have a metric of their own.
+            change: ``(M, N, D)``, of the final states.
+        """
         if each is None or self.each is None:
             far = (values - self.value).abs()
         else:
             far = (each - self.each).abs().mean(-1)
-        return torch.stack([values, precision.doubt * far])
+        moved = (self.slopes * change.norm(dim=-1)).sum(-1) / change.shape[-1] ** 0.5
+        return far / 2 + moved
 
     def dropped(self) -> None:
         """Forget what is recorded."""
