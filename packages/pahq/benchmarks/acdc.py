@@ -202,12 +202,12 @@ def precisions(device):
     before = torch.cuda.memory_allocated()
     finder = case.offloaded()
     resident = torch.cuda.memory_allocated() - before
-    small, least = "bf16-delta, 256 MiB of rows", "the same, layers offloaded"
+    small, least = "bf16-delta, 256 MiB of rows", "bf16-delta, 64 MiB of rows, layers offloaded"
     options = {
         "fp32": {"precision": "fp32"}, "bf16-delta": {"precision": "bf16-delta"},
         "fp8-delta": {"precision": "fp8-delta"},
         small: {"precision": "bf16-delta", "budget": 256 << 20},
-        least: {"precision": "bf16-delta", "budget": 256 << 20, "finder": finder},
+        least: {"precision": "bf16-delta", "budget": 64 << 20, "finder": finder},
     }  # fmt: skip
     judged = {}
 

@@ -121,7 +121,8 @@ class Batches:
         try:
             found = judge(mine) if mine.start < mine.stop else like.new_zeros(2, 0)
         except torch.OutOfMemoryError as error:
-            failed, found = error, None
+            # without the frames, which would hold what was there
+            failed, found = error.with_traceback(None), None
         found = self.ranks.gather(found, count, like)
         if found is None:
             if count <= self.ranks.count:
@@ -130,8 +131,7 @@ class Batches:
                 ) from failed
             self.most = -(-count // self.ranks.count) // 2
             _LOG.warning("out of memory with %d rows: goes on with %d rows", count, self.most)
-            self.dropped()
-            torch.cuda.empty_cache()
+            self.freed()
             return None
         values, doubt = found[:, :count].tolist()
         for value, name in zip(values, names, strict=True):
@@ -141,5 +141,6 @@ class Batches:
         self.found.rows += count
         return values, doubt
 
-    def dropped(self) -> None:
-        """Forget what batches would be repeated from."""
+    def freed(self) -> None:
+        """Give back memory that nothing uses."""
+        torch.cuda.empty_cache()

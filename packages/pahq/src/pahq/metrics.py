@@ -164,13 +164,45 @@ class Metric:
         Returns:
             Norms of its gradient ``(N,)``; None for a `CustomMetric` that has none.
         """
+        moved = moved.detach()
+        if self.name == "kl" and self.clean_logits is None:
+            return self._kl_slope(moved).norm(dim=-1)
         with torch.enable_grad():
-            moved = moved.detach().requires_grad_()
+            moved.requires_grad_()
             value = self.of(moved[None])[0].sum()
             if not value.requires_grad:
                 return None
             (slope,) = torch.autograd.grad(value, moved)
         return slope.norm(dim=-1)
+
+    def _kl_slope(self, moved: Tensor) -> Tensor:
+        """Return the gradient ``(N, D)``: of ``KL(p || q)`` by q's logits it is ``q - p``.
+
+        Weights keep their dtype, and little is held that is as wide as the vocabulary.
+        """
+        norm, (weight, _), scale = (
+            self.adapter.norm("final"),
+            self._reads(),
+            self.adapter.head.scale,
+        )
+        change = behind(norm, self.clean, moved[None]).values[0]
+        logits = (change.to(weight.dtype) @ weight.T).to(moved.dtype).mul_(scale)
+        # q is p times the exponential of these; what is not finite there is found by the metric
+        q = logits.sub_(logits.amax(-1, keepdim=True)).exp_().mul_(self.law)
+        q.div_(q.sum(-1, keepdim=True)).sub_(self.law).div_(len(q))
+        slope = (q.to(weight.dtype) @ weight).to(moved.dtype).mul_(scale)
+        with torch.enable_grad():
+            final = (self.clean + moved).requires_grad_()
+            return torch.autograd.grad(norm(final), final, slope)[0]
+
+    def _reads(self) -> tuple[Tensor, Tensor]:
+        """Return the head's weight, and its mean under the law."""
+        if self._head is None:
+            weight = self.adapter.head.module.weight.detach()
+            # the kernel reads float32 and bfloat16
+            weight = weight.to(self.clean.dtype) if weight.dtype == torch.float16 else weight
+            self._head = weight, mean_weight(weight, self.law)
+        return self._head
 
     def _kl(self, moved: Tensor) -> Tensor:
         head = self.adapter.head
@@ -183,12 +215,7 @@ class Metric:
             normed = norm(self.clean + moved) - norm(self.clean)
             weight = head.module.weight.to(moved.dtype)
             return _divergence(self.law, normed @ weight.T * head.scale)
-        if self._head is None:
-            weight = head.module.weight.detach()
-            # the kernel reads float32 and bfloat16
-            weight = weight.to(moved.dtype) if weight.dtype == torch.float16 else weight
-            self._head = weight, mean_weight(weight, self.law)
-        weight, mean = self._head
+        weight, mean = self._reads()
         normed = behind(norm, self.clean, moved).values
         return kl_from_delta(normed, weight, self.law, mean, scale=head.scale)
 

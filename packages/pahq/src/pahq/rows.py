@@ -255,6 +255,16 @@ class Rows(Batches):
         moved = (self.slopes * change.norm(dim=-1)).sum(-1) / change.shape[-1] ** 0.5
         return far / 2 + moved
 
+    def freed(self) -> None:
+        """Give back memory that nothing uses, and what is kept for recordings."""
+        self.dropped()
+        if self.recorder is None:
+            super().freed()
+            return
+        self.recorder = None
+        super().freed()
+        self.recorder = Recorder(self.current.device)
+
     def dropped(self) -> None:
         """Forget what is recorded."""
         self._trials.clear()
