@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ class Recorder:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.Stream(device)
+        self.stream = _stream(device)
         self.pool = torch.cuda.graph_pool_handle()
         # while a graph is left, the memory of the others is not given back
         self._keep = self.record(lambda: torch.zeros(1, device=device))
@@ -34,6 +35,21 @@ class Recorder:
             body: Its result is in the same place after each repetition.
         """
         return Recording(body, self)
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream of all recordings on a device.
+
+    Products keep 32 MiB and more for each stream for good: there is one, and that is taken before a
+    recording, whose memory could not be given back with it inside.
+    """
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        for dtype in (torch.float32, torch.bfloat16):
+            square = torch.zeros(16, 16, dtype=dtype, device=device)
+            torch.addmm(square[0], square, square)
+    return stream
 
 
 class Recording:
