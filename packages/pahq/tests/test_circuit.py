@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from pahq import Circuit, Graph
 
 GRAPH = Graph(2, 2, 1)
@@ -52,6 +53,59 @@ def test_files(tmp_path):
         made.save_pretrained(tmp_path / "c")
     with pytest.raises(FileNotFoundError):
         Circuit.from_pretrained(tmp_path / "d")
+
+
+def test_a_repository_of_the_hub(tmp_path, monkeypatch):
+    made, asked = circuit("input->m0"), {}
+    made.save_pretrained(tmp_path / "snapshot")
+
+    def download(name, **options):
+        asked[name] = options
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr("pahq.circuit.snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    found = Circuit.from_pretrained("you/circuit", revision="main")
+    assert torch.equal(found.present, made.present)
+    assert asked["you/circuit"]["revision"] == "main"
+    # a folder of that name comes first
+    circuit("m0->logits").save_pretrained(tmp_path / "you" / "circuit")
+    assert [*Circuit.from_pretrained("you/circuit").edges()] == ["m0->logits"]
+
+
+def test_the_card_tells_what_there_is(tmp_path):
+    made = circuit("input->m0", "a0.h1->a1.kv0<k>")
+    made.provenance |= {"model": "LlamaForCausalLM", "threshold": 0.01, "checked": 0, "task": None}
+    made.save_pretrained(tmp_path / "c")
+    found = ModelCard.load(tmp_path / "c" / "README.md")
+    assert found.data.library_name == "pahq"
+    assert "circuit-discovery" in found.data.tags
+    assert f"2 of {GRAPH.edges} edges" in found.text
+    assert "# A circuit of a LlamaForCausalLM" in found.text
+    assert "| threshold | 0.01 |" in found.text
+    assert "| decisions made again in full precision | 0 |" in found.text
+    assert "| task |" not in found.text
+    assert "Heads share keys: yes" in found.text
+
+
+def test_margins():
+    made = circuit("input->m0", "m0->logits", "a0.h0->m0")
+    made.scores[GRAPH.edge("input->m0")] = 0.01 + 4e-7
+    made.scores[GRAPH.edge("m0->logits")] = -0.02
+    made.scores[GRAPH.edge("a0.h0->m0")] = -0.01
+    with pytest.raises(ValueError, match="circuit: expected a threshold"):
+        made.min_margin  # noqa: B018
+    made.provenance["threshold"] = 0.01
+    assert made.min_margin == pytest.approx(4e-7, rel=2e-3)
+    assert [*made.ambiguous_edges()] == ["input->m0"]
+    assert float(made.margins[GRAPH.edge("m0->logits")]) == pytest.approx(0.03)
+    assert made.margins[GRAPH.edge("input->logits")].isnan()
+    made.provenance["absolute"] = True
+    assert sorted(made.ambiguous_edges()) == ["a0.h0->m0", "input->m0"]
+    assert sorted(made.ambiguous_edges(0.011)) == ["a0.h0->m0", "input->m0", "m0->logits"]
+    nothing = circuit()
+    nothing.provenance["threshold"] = 1.0
+    assert nothing.min_margin == math.inf
 
 
 def graph_of(*names, graph=GRAPH, **provenance):

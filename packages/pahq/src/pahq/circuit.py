@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
 from shared_kernels._checks import message
 from shared_kernels.checkpoint import replacing_folder
 from shared_kernels.files import write_text
 
+from pahq.card import card
 from pahq.graph import Graph
 
 if TYPE_CHECKING:
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
 
     from networkx import MultiDiGraph
     from torch import Tensor
+
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass
@@ -60,6 +65,39 @@ class Circuit:
     def density(self) -> float:
         """Return the share of all edges."""
         return len(self) / self.graph.edges
+
+    @property
+    def margins(self) -> Tensor:
+        """How far each effect that ACDC measured was from the threshold, float32 ``(S, R)``.
+
+        NaN where an edge was not tried.
+
+        Raises:
+            ValueError: Edges were not chosen by a threshold.
+        """
+        if "threshold" not in self.provenance:
+            remedy = "circuits of CircuitFinder.acdc have margins"
+            raise ValueError(message("circuit", "a threshold", self.provenance, remedy))
+        scores = self.scores.double()
+        size = scores.abs() if self.provenance.get("absolute") else scores
+        return (size - self.provenance["threshold"]).abs().float()
+
+    @property
+    def min_margin(self) -> float:
+        """The smallest of `margins`, infinite if no edge was tried."""
+        return float(self.margins.nan_to_num(float("inf")).min())
+
+    def ambiguous_edges(self, within: float = 1e-6) -> Iterator[str]:
+        """Return edges, kept or not, that rounding of float32 could have decided otherwise.
+
+        Args:
+            within: How near an effect was to the threshold.
+
+        Raises:
+            ValueError: Edges were not chosen by a threshold.
+        """
+        for sender, receiver in (self.margins <= within).nonzero().tolist():
+            yield self.graph.name(sender, receiver)
 
     def top(self, count: int, *, absolute: bool = True) -> Circuit:
         """Return the edges with the highest scores, or scores furthest from 0.
@@ -153,7 +191,9 @@ class Circuit:
         return made
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``circuit.safetensors`` and ``circuit.json`` to a new folder.
+        """Write ``circuit.safetensors``, ``circuit.json`` and a model card to a new folder.
+
+        It can be uploaded as it is: ``hf upload you/circuit FOLDER``.
 
         Raises:
             FileExistsError: There is one that is not empty.
@@ -163,14 +203,26 @@ class Circuit:
             tensors = {"present": self.present, "scores": self.scores.contiguous()}
             save_file(tensors, made / "circuit.safetensors")
             write_text(made / "circuit.json", json.dumps(document, indent=1) + "\n")
+            write_text(made / "README.md", card(self))
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Circuit:
+    def from_pretrained(
+        cls, folder: str | Path, *, revision: str | None = None, token: str | bool | None = None
+    ) -> Circuit:
         """Read what `save_pretrained` wrote.
+
+        Args:
+            folder: Where it is, or the name of a repository of the Hugging Face Hub.
+            revision: Of the repository.
+            token: For a repository that is not public.
 
         Raises:
             FileNotFoundError: There is none.
         """
+        if isinstance(folder, str) and _REPOSITORY.fullmatch(folder) and not Path(folder).exists():
+            folder = snapshot_download(
+                folder, revision=revision, token=token, allow_patterns=["circuit.*"]
+            )
         folder = Path(folder)
         document = json.loads((folder / "circuit.json").read_text())
         tensors = load_file(folder / "circuit.safetensors")
