@@ -109,7 +109,7 @@ def report(
     """Remake the benchmark tables of READMEs from their result files.
 
     Args:
-        readmes: Markdown files with `<!-- bench:NAME -->` blocks.
+        readmes: Markdown files with `<!-- bench:NAME -->` blocks, or `bench:NAME: PARAM + PARAM`.
         results: Folder of the result files; `benchmarks/results` beside each README by default.
         check: Change nothing; the exit code is 1 if a table is out of date.
     """

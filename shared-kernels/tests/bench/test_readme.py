@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import shared_kernels
 from shared_kernels.bench import markdown_table, render_readme
-from shared_kernels.bench.report import SCHEMA, SCHEMA_VERSION, write_result
+from shared_kernels.bench.report import SCHEMA, SCHEMA_VERSION, caption, write_result
 
 RESULT = {
     "schema": SCHEMA,
@@ -54,6 +54,30 @@ def test_two_blocks_and_another_folder(readme, tmp_path):
     assert render_readme(readme, tmp_path / "elsewhere") is False
     assert readme.read_text().count(markdown_table(RESULT)) == 2
     assert readme.read_text().count("\nand\n") == 2
+
+
+def test_parameters_as_a_table(readme, tmp_path):
+    params = {
+        "searches": {"fp32": {"seconds": 33.8952, "batches": 1677}, "bf16": {"seconds": 16.4}},
+        "peak bytes": {"one|run": 3 << 30, "bf16": 1 << 20}, "edges": 7,
+    }  # fmt: skip
+    result = RESULT | {"workloads": [{"name": "w", "params": params, "arms": []}]}
+    write_result(result, tmp_path / "benchmarks" / "results" / "zo-cpu.json")
+    begin = "<!-- bench:zo-cpu: searches + peak bytes -->\n"
+    readme.write_text(f"{begin}old\n<!-- /bench -->\n")
+    assert render_readme(readme) is False
+    assert readme.read_text() == begin + (
+        "|  | seconds | batches | peak bytes |\n"
+        "| --- | --: | --: | --: |\n"
+        "| fp32 | 33.9 | 1,677 |  |\n"
+        "| bf16 | 16.4 |  | 1.00 MiB |\n"
+        "| one\\|run |  |  | 3.00 GiB |\n"
+        f"\n{caption(result)}\n<!-- /bench -->\n"
+    )
+    assert render_readme(readme) is True
+    readme.write_text(readme.read_text().replace("searches +", "edges +"))
+    with pytest.raises(ValueError, match=r"\['edges', 'peak bytes'\] of \['peak bytes', 'search"):
+        render_readme(readme)
 
 
 def test_a_block_without_a_result_is_an_error(readme):

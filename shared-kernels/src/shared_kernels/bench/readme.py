@@ -1,7 +1,8 @@
 """README blocks remade from committed result files, so that no number is typed in by hand.
 
 A block lies between ``<!-- bench:NAME -->`` and ``<!-- /bench -->``, each on a line of its own;
-``NAME`` is the stem of a result file.
+``NAME`` is the stem of a result file. ``<!-- bench:NAME: PARAM + PARAM -->`` has what was noted of
+its workloads beside times: parameters that are mappings, whose keys are rows.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from shared_kernels.bench.report import markdown_table, read_result
+from shared_kernels.bench.report import markdown_table, params_table, read_result
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 _BLOCK = re.compile(
-    r"^<!-- bench:(?P<name>[\w.-]+) -->\n.*?^<!-- /bench -->$", re.DOTALL | re.MULTILINE
+    r"^<!-- bench:(?P<name>[\w.-]+)(?:: (?P<params>[^\n]+?))? -->\n.*?^<!-- /bench -->$",
+    re.DOTALL | re.MULTILINE,
 )
 _MARKER = re.compile(r"^<!-- /?bench\b", re.MULTILINE)
 
@@ -33,7 +35,8 @@ def render_readme(readme: Path, results: Path | None = None, *, check: bool = Fa
 
     Raises:
         FileNotFoundError: A block names a result file that does not exist.
-        ValueError: A marker has no partner, or a result file has another schema.
+        ValueError: A marker has no partner, a result file has another schema, or no such
+            parameters.
     """
     folder = results or readme.parent / "benchmarks" / "results"
     old = readme.read_text(encoding="utf-8")
@@ -51,9 +54,13 @@ def render_readme(readme: Path, results: Path | None = None, *, check: bool = Fa
                 f"expected a result file for the block 'bench:{match['name']}' of {readme.name}; "
                 f"there are {known}"
             )
-        return (
-            f"<!-- bench:{match['name']} -->\n{markdown_table(read_result(path))}\n<!-- /bench -->"
-        )
+        result = read_result(path)
+        begin = match[0].split("\n", 1)[0]
+        if match["params"]:
+            table = params_table(result, match["params"].split(" + "))
+        else:
+            table = markdown_table(result)
+        return f"{begin}\n{table}\n<!-- /bench -->"
 
     new = _BLOCK.sub(block, old)
     if new != old and not check:

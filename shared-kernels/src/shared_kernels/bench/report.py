@@ -174,6 +174,48 @@ def _cells(arm: Result, workload: Result) -> list[str]:
     ]
 
 
+def params_table(result: Result, names: Sequence[str]) -> str:
+    """Render parameters of workloads as a Markdown table, with the caption of `markdown_table`.
+
+    Args:
+        result: A result file.
+        names: Of parameters that are mappings. Their keys are rows; values that are mappings again
+            have a column for each of their keys, others one with the parameter's name. Numbers
+            below ``bytes`` are shown as sizes.
+
+    Raises:
+        ValueError: No workload has all of them.
+    """
+    rows: dict[str, dict[str, str]] = {}
+    for workload in result["workloads"]:
+        params = workload["params"]
+        if not all(isinstance(params.get(name), dict) for name in names):
+            continue
+        for name in names:
+            for row, value in params[name].items():
+                cells = value if isinstance(value, dict) else {name: value}
+                rows.setdefault(row, {}).update({k: _shown(k, v) for k, v in cells.items()})
+    if not rows:
+        known = sorted({
+            name for workload in result["workloads"] for name, value in workload["params"].items()
+            if isinstance(value, dict)
+        })  # fmt: skip
+        raise ValueError(f"expected parameters that are mappings; got {list(names)} of {known}")
+    columns = list(dict.fromkeys(column for cells in rows.values() for column in cells))
+    lines = [["", *columns], ["---", *["--:"] * len(columns)]]
+    lines += [[row, *(cells.get(column, "") for column in columns)] for row, cells in rows.items()]
+    table = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+    return "\n".join([*table, "", caption(result)])
+
+
+def _shown(name: str, value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if "bytes" in name:
+        return format_bytes(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
+
+
 def caption(result: Result) -> str:
     """Return one paragraph: machine, versions, commit, date, command, measured ceilings.
 
