@@ -1,4 +1,3 @@
-import pytest
 import slimmoe
 from shared_kernels.testing.imports import assert_does_not_load
 

@@ -121,6 +121,15 @@ class TensorFolder:
         """Read one tensor, backed by the memory-mapped file."""
         return self._open[self.file_of[name]].get_tensor(name)
 
+    def part(self, name: str, index: Any) -> Tensor:
+        """Read a part of one tensor; what an index leaves out is not read.
+
+        Args:
+            name: Of the tensor.
+            index: An integer, a slice or a tuple of them; ``...`` for all of it.
+        """
+        return self[name] if index is ... else self._open[self.file_of[name]].get_slice(name)[index]
+
 
 def _info(handle: Any, name: str) -> TensorInfo:
     part = handle.get_slice(name)

@@ -1,0 +1,1 @@
+"""What becomes of experts that are not kept: similarity, groups, averages."""

@@ -1,0 +1,1 @@
+"""What is kept: layers, channels, experts and their neurons."""

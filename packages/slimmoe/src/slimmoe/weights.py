@@ -1,0 +1,156 @@
+"""Where weights come from: a folder of safetensors, or a model in memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from shared_kernels.checkpoint import TensorFolder
+
+from slimmoe.architectures import architecture_of
+from slimmoe.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+    from torch import Tensor
+
+    from slimmoe.architectures import Architecture, Match
+
+
+class Weights(Protocol):
+    """Tensors by name, read when they are asked for."""
+
+    def __iter__(self) -> Iterator[str]:
+        """Return all names."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor."""
+        ...
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype of a tensor."""
+        ...
+
+    def read(self, name: str, index: Any = ...) -> Tensor:
+        """Return a tensor, or the part of it that an index gives."""
+        ...
+
+
+class FolderWeights:
+    """Tensors of a folder.
+
+    Args:
+        path: With safetensors, one file or several.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.folder = TensorFolder(path)
+        self._infos = {t.name: t for infos in self.folder.shards.values() for t in infos}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._infos)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor."""
+        return self._infos[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype of a tensor."""
+        return self._infos[name].dtype
+
+    def read(self, name: str, index: Any = ...) -> Tensor:
+        """Return a tensor, or the part of it that an index gives."""
+        return self.folder.part(name, index)
+
+
+class ModelWeights:
+    """Tensors of a model in memory.
+
+    Args:
+        model: Of transformers.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._tensors: dict[str, Tensor] = model.state_dict()
+        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        # a file has what is tied once
+        for name in tied:
+            self._tensors.pop(name, None)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor."""
+        return tuple(self._tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype of a tensor."""
+        return self._tensors[name].dtype
+
+    def read(self, name: str, index: Any = ...) -> Tensor:
+        """Return a tensor, or the part of it that an index gives."""
+        return self._tensors[name].detach()[index]
+
+
+class Source:
+    """A model that is compressed.
+
+    Args:
+        model: A folder, or a model of transformers in memory.
+
+    Attributes:
+        config: As ``config.json`` has it, with all that its class fills in.
+        family: Of the model.
+        weights: Its tensors.
+        matches: What each tensor is, by name.
+
+    Raises:
+        UnsupportedModelError: Another family, quantised weights, or a tensor that no table knows.
+    """
+
+    def __init__(self, model: str | Path | Any) -> None:
+        from transformers import AutoConfig
+
+        in_memory = hasattr(model, "state_dict")
+        self.path = None if in_memory else Path(model)
+        made = model.config if in_memory else AutoConfig.from_pretrained(model)
+        self.config_class = type(made)
+        # as a file has it, without where it was and what wrote it
+        self.config: dict[str, Any] = {
+            key: value
+            for key, value in json.loads(made.to_json_string(use_diff=False)).items()
+            if not key.startswith("_") and key != "transformers_version"
+        }
+        self.family: Architecture = architecture_of(self.config)
+        if self.config.get("quantization_config"):
+            raise UnsupportedModelError(
+                "config.json: expected weights that are not quantised, got a quantization_config; "
+                "save the model dequantised first"
+            )
+        self.weights: Weights = ModelWeights(model) if in_memory else FolderWeights(model)
+        self.matches: dict[str, Match] = {
+            name: self.family.match(name, self.config) for name in self.weights
+        }
+
+    @property
+    def layers(self) -> int:
+        """Number of decoder layers."""
+        return int(self.config["num_hidden_layers"])
+
+    def place(self, match: Match) -> int | None:
+        """Return the layer of a tensor; modules of MTP are counted behind the decoder's layers."""
+        return match.layer if match.mtp is None else self.layers + match.mtp
+
+    def at(self, place: int) -> list[Match]:
+        """Return the tensors of a layer."""
+        return [match for match in self.matches.values() if self.place(match) == place]
+
+    def places(self) -> list[int]:
+        """Return layers with experts."""
+        found = {self.place(match) for match in self.matches.values() if match.row.router}
+        return sorted(place for place in found if place is not None)
