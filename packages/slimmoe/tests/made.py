@@ -1,47 +1,49 @@
 """Statistics drawn at random, and models in which something is known not to matter."""
 
-from types import SimpleNamespace
-
 import torch
 from slimmoe.architectures import Axis
+from slimmoe.calibration.statistics import (
+    CalibrationStatistics,
+    ExpertStatistics,
+    LayerStatistics,
+    NormStatistics,
+)
 from slimmoe.weights import Source
 
 
-def statistics(model, seed=0, **changes):
-    """Random statistics of every layer and norm, with those of `changes` by name."""
+def statistics(model, seed=0):
+    """Random statistics of every layer and norm."""
     source = model if isinstance(model, Source) else Source(model)
     config, draws = source.config, torch.Generator().manual_seed(seed)
     width, count = config["hidden_size"], source.family.count(config)
     neurons, tokens = config[source.family.neurons], 1000
 
     def drawn(*shape):
-        return torch.rand(*shape, generator=draws, dtype=torch.float64)
+        return 100 * torch.rand(*shape, generator=draws, dtype=torch.float64)
+
+    def signed(*shape):
+        return torch.randn(*shape, generator=draws, dtype=torch.float64)
 
     def experts():
-        logits = torch.randn(50, count, generator=draws, dtype=torch.float64)
-        found = {
-            "tokens": tokens, "count": (drawn(count) * 200).round() + 1,
-            "weight_sum": 100 * drawn(count), "share_sum": 100 * drawn(count),
-            "norm_sum": 100 * drawn(count), "weighted_norm_sum": 100 * drawn(count),
-            "norm_max": drawn(count), "logit_gram": logits.T @ logits,
-            "output_sum": torch.randn(count, width, generator=draws, dtype=torch.float64),
-            "activation_sum": 100 * drawn(count, neurons), "probability_sum": 100 * drawn(count),
-        }  # fmt: skip
-        return SimpleNamespace(**(found | changes))
+        logits = signed(50, count)
+        return ExpertStatistics(
+            tokens=tokens, count=drawn(count).round() + 1, weight_sum=drawn(count),
+            share_sum=drawn(count), norm_sum=drawn(count), weighted_norm_sum=drawn(count),
+            norm_max=drawn(count), logit_gram=logits.T @ logits,
+            output_sum=signed(count, width), activation_sum=drawn(count, neurons),
+            probability_sum=drawn(count),
+        )  # fmt: skip
 
-    sites = {m.site for m in source.matches.values() if m.row.norm is not None}
-    norms = {
-        site: SimpleNamespace(tokens=tokens, output_abs_sum=100 * drawn(width),
-                              input_square_sum=100 * drawn(width))
-        for site in sorted(sites)
-    }  # fmt: skip
-    layers = [
-        SimpleNamespace(tokens=tokens, output_sum=torch.randn(width, generator=draws))
-        for _ in range(source.layers + 1)
-    ]
-    return SimpleNamespace(
-        experts={place: experts() for place in source.places()}, norms=norms, layers=layers,
-        check=lambda config: None,
+    sites = sorted({m.site for m in source.matches.values() if m.row.norm is not None})
+    return CalibrationStatistics(
+        model_type=source.family.model_type, config_sha256="0" * 64, dtype="float32",
+        tokens=tokens, sequences=1, batches=1, tokens_sha256="0" * 64,
+        experts={place: experts() for place in source.places()},
+        norms={site: NormStatistics(tokens=tokens, output_abs_sum=drawn(width),
+                                    input_square_sum=drawn(width)) for site in sites},
+        layers={layer: LayerStatistics(tokens=tokens, output_sum=signed(width))
+                for layer in range(source.layers)},
+        embedding=LayerStatistics(tokens=tokens, output_sum=signed(width)),
     )  # fmt: skip
 
 

@@ -132,8 +132,17 @@ class _Planner:
             remedy = "slimmoe.calibrate(model, data) gives them"
             raise ValueError(message("statistics", "some, for these sizes", None, remedy))
         if statistics is not None:
-            statistics.check(self.config)
+            self._check(statistics)
         self._statistics = statistics
+
+    def _check(self, statistics: CalibrationStatistics) -> None:
+        """Refuse statistics of another model."""
+        ours = (self.family.model_type, self.source.layers, int(self.config["hidden_size"]))
+        size = len(statistics.embedding.output_sum)
+        theirs = (statistics.model_type, len(statistics.layers), size)
+        if ours != theirs:
+            remedy = "family, layers and channels differ: calibrate with this model"
+            raise ValueError(message("statistics", f"those of {ours}", theirs, remedy))
 
     @property
     def statistics(self) -> CalibrationStatistics:
@@ -176,7 +185,9 @@ class _Planner:
         elif options.depth_method == "last":
             layers = depth.last(count, options.num_layers)
         else:
-            means = [found.output_sum / found.tokens for found in self.statistics.layers]
+            told = self.statistics
+            sums = [told.embedding, *(told.layers[layer] for layer in range(count))]
+            means = [found.output_sum / found.tokens for found in sums]
             layers = depth.similar(means, options.num_layers)
         kinds = self.config.get("layer_types") or []
         attends = {"full_attention", "sliding_attention"}

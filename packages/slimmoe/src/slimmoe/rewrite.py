@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from slimmoe.weights import Source
 
 
+#: Fields that change with how a model was loaded, and no plan.
+_NO_SIZES = {"architectures", "dtype"}
+
+
 @dataclass(frozen=True)
 class Output:
     """A tensor that comes out.
@@ -52,11 +56,8 @@ class Rewriter:
     """
 
     def __init__(self, source: Source, plan: CompressionPlan) -> None:
-        # in what dtype a model is loaded changes no plan
-        differ = sorted(
-            key for key in source.config.keys() | plan.source.keys()
-            if key != "dtype" and source.config.get(key) != plan.source.get(key)
-        )  # fmt: skip
+        fields = (source.config.keys() | plan.source.keys()) - _NO_SIZES
+        differ = sorted(key for key in fields if source.config.get(key) != plan.source.get(key))
         if differ:
             raise ValueError(message("plan", "one of this model", differ, "these fields differ"))
         self.source, self.plan, self.family = source, plan, source.family

@@ -90,6 +90,7 @@ def write(
     copy_side_files(source.path, begun)
     source.config_class.from_dict(plan.config).save_pretrained(begun)
     write_index(begun, {name: [_info(out) for out in outputs] for name, outputs in shards.items()})
+    manifest["files"] = {name: manifest["files"][name] for name in shards}
     write_text(begun / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     if target.exists():
         target.rmdir()
@@ -137,11 +138,10 @@ def _begin(
         shutil.rmtree(folder, ignore_errors=True)
     if (folder / MANIFEST).is_file():
         found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        for key in ("plan_sha256", "shards"):
+        for key, other in (("plan_sha256", "another plan"), ("shards", "other shards")):
             if found.get(key) != manifest[key]:
                 raise ResumeError(
-                    f"{folder} was begun with another {key.split('_')[0]}; remove it, or give "
-                    "resume=False"
+                    f"{folder} was begun with {other}; remove it, or give resume=False"
                 )
         # a file that was damaged since is written once more
         manifest["files"] = {

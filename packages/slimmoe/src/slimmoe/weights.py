@@ -113,10 +113,10 @@ class Source:
         UnsupportedModelError: Another family, quantised weights, or a tensor that no table knows.
     """
 
-    def __init__(self, model: str | Path | Any) -> None:
+    def __init__(self, model: Any) -> None:
         from transformers import AutoConfig
 
-        in_memory = hasattr(model, "state_dict")
+        in_memory = not isinstance(model, str | Path)
         self.path = None if in_memory else Path(model)
         made = model.config if in_memory else AutoConfig.from_pretrained(model)
         self.config_class = type(made)
