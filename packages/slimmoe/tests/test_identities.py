@@ -8,7 +8,7 @@ import pytest
 import torch
 from slimmoe.configuration import CompressionConfig
 from slimmoe.memory import compress_model
-from slimmoe.plan import plan
+from slimmoe.planning import plan
 from slimmoe.weights import Source
 
 sys.path.insert(0, str(Path(__file__).parent))

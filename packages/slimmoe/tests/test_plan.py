@@ -12,7 +12,7 @@ from slimmoe.configuration import IMPORTANCES, SIMILARITIES, CompressionConfig
 from slimmoe.errors import UnsupportedModelError
 from slimmoe.memory import compress_model
 from slimmoe.merging.grouping import grouped
-from slimmoe.plan import plan
+from slimmoe.planning import plan
 from slimmoe.pruning.experts import importance
 from slimmoe.streaming import write
 from slimmoe.weights import Source

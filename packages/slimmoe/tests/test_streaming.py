@@ -14,7 +14,7 @@ from slimmoe import streaming
 from slimmoe.configuration import CompressionConfig
 from slimmoe.errors import ResumeError, UnknownTensorError, UnsupportedModelError
 from slimmoe.memory import compress_model
-from slimmoe.plan import CompressionPlan, plan
+from slimmoe.planning import CompressionPlan, plan
 from slimmoe.streaming import write
 from slimmoe.weights import Source
 from transformers import AutoModelForCausalLM

@@ -1,1 +1,13 @@
 from ._version import __version__ as __version__
+from .compression import compress as compress
+from .configuration import CompressionConfig as CompressionConfig
+from .errors import ResumeError as ResumeError
+from .errors import UnknownTensorError as UnknownTensorError
+from .errors import UnsupportedModelError as UnsupportedModelError
+from .errors import VerificationError as VerificationError
+from .memory import compress_model as compress_model
+from .planning import CompressionPlan as CompressionPlan
+from .planning import plan as plan
+from .summary import Sizes as Sizes
+from .summary import sizes as sizes
+from .verification import verify as verify

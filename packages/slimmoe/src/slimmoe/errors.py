@@ -13,3 +13,7 @@ class UnknownTensorError(UnsupportedModelError):
 
 class ResumeError(ValueError):
     """What was begun cannot be gone on with: another plan or source."""
+
+
+class VerificationError(RuntimeError):
+    """What was written is not what it should be."""

@@ -10,7 +10,7 @@ from slimmoe.rewrite import Rewriter
 from slimmoe.weights import Source
 
 if TYPE_CHECKING:
-    from slimmoe.plan import CompressionPlan
+    from slimmoe.planning import CompressionPlan
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from shared_kernels._checks import message
 from slimmoe.architectures import Axis
 from slimmoe.merging.grouping import Experts
 from slimmoe.merging.merge import alignment, average
-from slimmoe.plan import comes_out
+from slimmoe.planning import comes_out
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from slimmoe.architectures import Match
-    from slimmoe.plan import CompressionPlan
+    from slimmoe.planning import CompressionPlan
     from slimmoe.weights import Source
 
 

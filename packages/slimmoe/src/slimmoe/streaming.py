@@ -29,7 +29,7 @@ from slimmoe.weights import Source
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from slimmoe.plan import CompressionPlan
+    from slimmoe.planning import CompressionPlan
     from slimmoe.rewrite import Output
 
 MANIFEST = "slimmoe.json"
@@ -146,7 +146,7 @@ def _begin(
         # a file that was damaged since is written once more
         manifest["files"] = {
             name: told for name, told in found["files"].items()
-            if (folder / name).is_file() and _told(folder / name) == told
+            if (folder / name).is_file() and checksum(folder / name) == told
         }  # fmt: skip
         return manifest
     folder.mkdir(parents=True, exist_ok=True)
@@ -179,10 +179,10 @@ def _write(path: Path, outputs: list[Output], bar: tqdm) -> dict[str, Any]:
     partial = path.with_suffix(".partial")
     write_safetensors(partial, [_info(out) for out in outputs], made())
     partial.rename(path)
-    return _told(path)
+    return checksum(path)
 
 
-def _told(path: Path) -> dict[str, Any]:
+def checksum(path: Path) -> dict[str, Any]:
     """Return size and SHA-256 of a file."""
     found = hashlib.sha256()
     with path.open("rb") as file:

@@ -19,7 +19,7 @@ from slimmoe.merging.grouping import Experts, grouped
 from slimmoe.merging.similarity import similarity
 from slimmoe.pruning import depth, width
 from slimmoe.pruning.experts import importance, largest
-from slimmoe.sizes import resized
+from slimmoe.resizing import resized
 from slimmoe.weights import Source
 
 if TYPE_CHECKING:
