@@ -1,4 +1,6 @@
 from ._version import __version__ as __version__
+from .calibration import CalibrationStatistics as CalibrationStatistics
+from .calibration import calibrate as calibrate
 from .compression import compress as compress
 from .configuration import CompressionConfig as CompressionConfig
 from .errors import ResumeError as ResumeError

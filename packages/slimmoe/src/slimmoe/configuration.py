@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from shared_kernels._checks import check_choice, check_range, message
 
-METHODS = ("prune", "merge", "partial_merge")
-IMPORTANCES = ("freq", "soft", "reap", "reap_total", "norm_mean", "norm_total", "norm_max")
-SIMILARITIES = ("router_weight", "router_logit", "expert_output", "expert_weight")
-ALIGNMENTS = ("none", "hungarian")
-DEPTHS = ("last", "similarity")
-MTP = ("compress", "drop")
+Method = Literal["prune", "merge", "partial_merge"]
+Importance = Literal["freq", "soft", "reap", "reap_total", "norm_mean", "norm_total", "norm_max"]
+Similarity = Literal["router_weight", "router_logit", "expert_output", "expert_weight"]
+Alignment = Literal["none", "hungarian"]
+Depth = Literal["last", "similarity"]
+Mtp = Literal["compress", "drop"]
+METHODS, IMPORTANCES, SIMILARITIES, ALIGNMENTS, DEPTHS, MTP = (
+    get_args(known) for known in (Method, Importance, Similarity, Alignment, Depth, Mtp)
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +27,8 @@ class CompressionConfig:
 
     Attributes:
         num_layers: Decoder layers that are kept.
-        drop_layers: Numbers of those that go, instead of ``num_layers`` and ``depth_method``.
-        depth_method: ``last`` drops the last layers; ``similarity`` consecutive ones, from where
+        drop_layers: Numbers of those that go, instead of `num_layers` and `depth_method`.
+        depth_method: `last` drops the last layers; `similarity` consecutive ones, from where
             the mean outputs of a layer and of the one before it are most alike (arXiv:2605.08738,
             A.4).
         hidden_size: Channels of the residual stream that are kept, those whose mean size behind
@@ -36,18 +39,18 @@ class CompressionConfig:
         num_experts: Routed experts of a layer that are kept.
         num_experts_per_tok: How many of them a token goes to.
         moe_intermediate_size: Neurons of a routed expert that are kept.
-        expert_method: ``prune`` keeps experts as they are; ``merge`` averages every other expert
-            into the kept one that is most like it; ``partial_merge`` keeps some as they are and
+        expert_method: `prune` keeps experts as they are; `merge` averages every other expert
+            into the kept one that is most like it; `partial_merge` keeps some as they are and
             merges into the others (algorithm 1).
-        importance: Of an expert: how often it is selected (``freq``), its share of the weights of
-            selected experts (``soft``), the weighted size of what it gives when selected
-            (``reap``), the same over all tokens (``reap_total``), the size without weights as a
-            mean, sum or largest (``norm_mean``, ``norm_total``, ``norm_max``).
-        similarity: Of experts that are merged: cosine of rows of the router (``router_weight``), of
-            its logits over tokens (``router_logit``), of mean outputs (``expert_output``), or of
-            all weights (``expert_weight``).
-        preserve_ratio: Share of kept experts that ``partial_merge`` leaves as they are.
-        alignment: ``hungarian`` orders the neurons of an expert as those of what it is merged into
+        importance: Of an expert: how often it is selected (`freq`), its share of the weights of
+            selected experts (`soft`), the weighted size of what it gives when selected
+            (`reap`), the same over all tokens (`reap_total`), the size without weights as a
+            mean, sum or largest (`norm_mean`, `norm_total`, `norm_max`).
+        similarity: Of experts that are merged: cosine of rows of the router (`router_weight`), of
+            its logits over tokens (`router_logit`), of mean outputs (`expert_output`), or of
+            all weights (`expert_weight`).
+        preserve_ratio: Share of kept experts that `partial_merge` leaves as they are.
+        alignment: `hungarian` orders the neurons of an expert as those of what it is merged into
             before they are averaged; the paper does not.
         mtp: Whether modules of multi-token prediction are compressed or dropped.
 
@@ -57,18 +60,18 @@ class CompressionConfig:
 
     num_layers: int | None = None
     drop_layers: tuple[int, ...] | None = None
-    depth_method: Literal["last", "similarity"] = "last"
+    depth_method: Depth = "last"
     hidden_size: int | None = None
     rms_correction: bool = True
     num_experts: int | None = None
     num_experts_per_tok: int | None = None
     moe_intermediate_size: int | None = None
-    expert_method: Literal["prune", "merge", "partial_merge"] = "partial_merge"
-    importance: str = "reap"
-    similarity: str = "expert_output"
+    expert_method: Method = "partial_merge"
+    importance: Importance = "reap"
+    similarity: Similarity = "expert_output"
     preserve_ratio: float = 0.5
-    alignment: Literal["none", "hungarian"] = "none"
-    mtp: Literal["compress", "drop"] = "compress"
+    alignment: Alignment = "none"
+    mtp: Mtp = "compress"
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "hidden_size", "num_experts", "num_experts_per_tok",

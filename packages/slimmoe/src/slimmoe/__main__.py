@@ -1,0 +1,7 @@
+"""``python -m slimmoe``: the command line."""
+
+import sys
+
+from slimmoe.cli import main
+
+sys.exit(main())
