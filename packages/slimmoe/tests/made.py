@@ -39,8 +39,10 @@ def statistics(model, seed=0):
         model_type=source.family.model_type, config_sha256="0" * 64, dtype="float32",
         tokens=tokens, sequences=1, batches=1, tokens_sha256="0" * 64,
         experts={place: experts() for place in source.places()},
-        norms={site: NormStatistics(tokens=tokens, output_abs_sum=drawn(width),
-                                    input_square_sum=drawn(width)) for site in sites},
+        # not all of them over as many tokens
+        norms={site: NormStatistics(tokens=tokens * (1 + at), output_abs_sum=drawn(width),
+                                    input_square_sum=drawn(width))
+               for at, site in enumerate(sites)},
         layers={layer: LayerStatistics(tokens=tokens, output_sum=signed(width))
                 for layer in range(source.layers)},
         embedding=LayerStatistics(tokens=tokens, output_sum=signed(width)),

@@ -148,6 +148,20 @@ def test_experts_that_are_never_selected_are_averaged_alike(caplog):
     assert "[0, 2]" not in caplog.text
 
 
+def test_an_expert_without_output_is_like_none():
+    """What was never selected has no mean output, and a cosine with it is 0, not undefined."""
+    before = model("qwen3_moe")
+    found = made.statistics(before)
+    for told in found.experts.values():
+        told.count[[2, 6]], told.output_sum[[2, 6]] = 0, 0
+        told.weighted_norm_sum[[2, 6]] = 0
+    options = CompressionConfig(num_experts=4, expert_method="merge", importance="reap")
+    for experts in plan(before, found, options).experts.values():
+        # all bases are as unlike them: they go to the first
+        assert {2, 6} <= set(experts.members[0])
+        assert all(math.isfinite(w) for weights in experts.weights for w in weights)
+
+
 def test_experts_stay_in_their_groups():
     """DeepSeek's router selects groups first: as many experts of each are kept, in their places."""
     before = model("deepseek_v3")

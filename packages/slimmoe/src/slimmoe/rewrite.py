@@ -62,6 +62,7 @@ class Rewriter:
             raise ValueError(message("plan", "one of this model", differ, "these fields differ"))
         self.source, self.plan, self.family = source, plan, source.family
         self._new = {layer: place for place, layer in enumerate(plan.layers)}
+        self._channels = None if plan.channels is None else torch.tensor(plan.channels)
         self._orders: dict[tuple[int, int], Tensor] = {}
         self._ordered: int | None = None
 
@@ -97,7 +98,7 @@ class Rewriter:
 
         def make() -> Tensor:
             if not routed:
-                return self._indexed(self._read(match), match, experts, None)
+                return self._whole(match, experts)
             if at is not None:
                 return self._expert(match, experts, at)
             return torch.stack([
@@ -132,12 +133,17 @@ class Rewriter:
         members = experts.members[at]
         parts = [lambda member=member: self._member(match, members[0], member)
                  for member in members]  # fmt: skip
-        return self._indexed(average(parts, experts.weights[at]), match, experts, at)
+        tensor = average(parts, experts.weights[at])
+        place = self.source.place(match)
+        if place in self.plan.neurons:
+            neurons = torch.tensor(self.plan.neurons[place][at])
+            tensor = self._chosen(tensor, self._inner(match), neurons)
+        return tensor
 
     def _member(self, match: Match, base: int, member: int) -> Tensor:
-        """Return the tensor of an expert that goes in, its neurons in the order of the base's."""
-        found = self._of(match, member)
+        """Return kept channels of an expert that goes in, its neurons in the base's order."""
         axes = self._inner(match)
+        found = self._narrow(self._of(match, member), axes)
         if member == base or self.plan.options.alignment == "none":
             return found
         place = self.source.place(match)
@@ -155,26 +161,25 @@ class Rewriter:
         """Return the axes of one expert's tensor."""
         return match.row.axes if match.expert is not None else match.row.axes[1:]
 
-    def _indexed(
-        self, tensor: Tensor, match: Match, experts: Experts, at: int | None
-    ) -> Tensor:  # fmt: skip
-        """Return what is kept of a tensor; of one expert's, that of the expert at a place."""
-        plan, row = self.plan, match.row
-        axes = row.axes if at is None else self._inner(match)
+    def _narrow(self, tensor: Tensor, axes: Sequence[Axis]) -> Tensor:
+        """Return kept channels of a tensor."""
+        if self._channels is None:
+            return tensor
         for dim, axis in enumerate(axes):
-            if axis is Axis.EXPERT:
-                kept = torch.tensor(experts.kept, device=tensor.device)
-                if len(kept) < tensor.shape[dim]:
-                    tensor = tensor.index_select(dim, kept)
-            elif plan.channels is not None and axis in (Axis.RESIDUAL, Axis.TWO_RESIDUALS):
-                kept = torch.tensor(plan.channels, device=tensor.device)
-                if axis is Axis.TWO_RESIDUALS:
-                    kept = torch.cat([kept, kept + tensor.shape[dim] // 2])
-                tensor = tensor.index_select(dim, kept)
-        place = self.source.place(match)
-        if at is not None and place in plan.neurons:
-            tensor = self._chosen(tensor, axes, torch.tensor(plan.neurons[place][at]))
-        factor = plan.norms.get(match.site) if row.norm is not None else None
+            if axis is Axis.RESIDUAL:
+                tensor = tensor.index_select(dim, self._channels.to(tensor.device))
+            elif axis is Axis.TWO_RESIDUALS:
+                second = self._channels + tensor.shape[dim] // 2
+                both = torch.cat([self._channels, second])
+                tensor = tensor.index_select(dim, both.to(tensor.device))
+        return tensor
+
+    def _whole(self, match: Match, experts: Experts) -> Tensor:
+        """Return what is kept of a tensor that no experts are averaged in."""
+        tensor, row = self._narrow(self._read(match), match.row.axes), match.row
+        if Axis.EXPERT in row.axes and len(experts.kept) < tensor.shape[0]:
+            tensor = tensor[experts.kept]
+        factor = self.plan.norms.get(match.site) if row.norm is not None else None
         if factor is not None:
             assert row.norm is not None
             wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))

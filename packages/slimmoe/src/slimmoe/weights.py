@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -146,11 +147,23 @@ class Source:
         """Return the layer of a tensor; modules of MTP are counted behind the decoder's layers."""
         return match.layer if match.mtp is None else self.layers + match.mtp
 
+    @cached_property
+    def _by_place(self) -> dict[int, list[Match]]:
+        found: dict[int, list[Match]] = {}
+        for match in self.matches.values():
+            place = self.place(match)
+            if place is not None:
+                found.setdefault(place, []).append(match)
+        return found
+
     def at(self, place: int) -> list[Match]:
         """Return the tensors of a layer."""
-        return [match for match in self.matches.values() if self.place(match) == place]
+        return self._by_place.get(place, [])
 
     def places(self) -> list[int]:
         """Return layers with experts."""
-        found = {self.place(match) for match in self.matches.values() if match.row.router}
-        return sorted(place for place in found if place is not None)
+        return sorted(
+            place
+            for place, matches in self._by_place.items()
+            if any(match.row.router for match in matches)
+        )
