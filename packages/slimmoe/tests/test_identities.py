@@ -294,11 +294,12 @@ def test_the_last_layers_go_or_those_that_change_least():
     assert plan(before, found, options).layers == [0, 3]
     # the last layer is most like the one before it, but two go that follow one another
     found.layers[1].output_sum[:] = -found.layers[0].output_sum
-    found.layers[3].output_sum[:] = 2 * found.layers[2].output_sum
     found.layers[2].output_sum[:] = found.layers[1].output_sum + found.embedding.output_sum
+    found.layers[3].output_sum[:] = 2 * found.layers[2].output_sum
     kept = plan(before, found, options).layers
     sums = [found.embedding, *found.layers.values()]
     alike = [float(torch.cosine_similarity(a.output_sum, b.output_sum, dim=0))
              for a, b in pairwise(sums)]  # fmt: skip
+    assert max(alike) == alike[3]
     first = max(range(3), key=lambda layer: alike[layer])
     assert kept == [layer for layer in range(4) if layer not in (first, first + 1)]

@@ -12,6 +12,7 @@ from slimmoe.configuration import IMPORTANCES, SIMILARITIES, CompressionConfig
 from slimmoe.errors import UnsupportedModelError
 from slimmoe.memory import compress_model
 from slimmoe.merging.grouping import grouped
+from slimmoe.merging.merge import average
 from slimmoe.planning import plan
 from slimmoe.pruning.experts import importance
 from slimmoe.streaming import write
@@ -136,6 +137,38 @@ def test_averages_are_those_of_weights():
         assert torch.equal(after[name], state[name][experts.kept])
 
 
+def test_averages_are_rounded_once():
+    draws = torch.Generator().manual_seed(0)
+    parts = [torch.randn(50, 40, generator=draws).bfloat16() for _ in range(5)]
+    weights = [0.3, 0.3, 0.2, 0.1, 0.1]
+    found = average([lambda part=part: part for part in parts], weights)
+    exact = sum(w * part.double() for w, part in zip(weights, parts, strict=True))
+    assert found.dtype == torch.bfloat16
+    # half of the last of 8 bits, and what float32 adds
+    assert ((found.double() - exact).abs() <= exact.abs() / 256 + 1e-6).all()
+
+
+def test_neurons_of_averages_are_those_of_members():
+    """By the mean activations of what is averaged, weighted as it is."""
+    before = model("qwen3_moe")
+    found = made.statistics(before)
+    options = {"num_experts": 4, "expert_method": "merge", "moe_intermediate_size": 16}
+    for alignment in ("none", "hungarian"):
+        decided = plan(before, found, CompressionConfig(alignment=alignment, **options))
+        for layer, experts in decided.experts.items():
+            told = found.experts[layer]
+            for at, (members, weights) in enumerate(
+                zip(experts.members, experts.weights, strict=True)
+            ):
+                if alignment == "hungarian":
+                    members, weights = members[:1], [1.0]
+                means = [sum(w * float(told.activation_sum[m, n] / told.count[m])
+                             for m, w in zip(members, weights, strict=True))
+                         for n in range(24)]  # fmt: skip
+                wanted = sorted(sorted(range(24), key=lambda n: -means[n])[:16])
+                assert decided.neurons[layer][at] == wanted
+
+
 def test_experts_that_are_never_selected_are_averaged_alike(caplog):
     alike = torch.eye(4, dtype=torch.float64)
     alike[3, 1] = 0.5
@@ -177,6 +210,10 @@ def test_experts_stay_in_their_groups():
         plan(before, found, CompressionConfig(num_experts=5))
     with pytest.raises(ValueError, match="num_experts: expected at least 4"):
         plan(before, found, CompressionConfig(num_experts=2))
+    # DeepSeek-V2 has groups, too, and selects of all experts where its method is greedy
+    other = model("deepseek_v2")
+    assert other.config.n_group == 2
+    assert len(plan(other, made.statistics(other), CompressionConfig(num_experts=5)).experts) == 3
     # of two groups a token sees one
     with pytest.raises(ValueError, match="num_experts_per_tok: expected at most 2"):
         plan(before, found, CompressionConfig(num_experts=4, num_experts_per_tok=3))

@@ -26,11 +26,6 @@ def of_gram(gram: Tensor) -> Tensor:
     return gram.double() * scale[:, None] * scale[None]
 
 
-def mean_outputs(found: ExpertStatistics) -> Tensor:
-    """Return the mean output of each expert over its tokens, ``(E, D)``."""
-    return found.output_sum.double() / found.count.double().clamp(min=1)[:, None]
-
-
 def gram_of(parts: Iterable[Tensor]) -> Tensor:
     """Return products of experts' weights, ``(E, E)``, without all of them in one matrix.
 
@@ -66,4 +61,5 @@ def similarity(
     if name == "expert_weight":
         return of_gram(gram_of(weights()))
     assert found is not None
-    return of_gram(found.logit_gram) if name == "router_logit" else cosines(mean_outputs(found))
+    # a cosine of sums is that of means
+    return of_gram(found.logit_gram) if name == "router_logit" else cosines(found.output_sum)
