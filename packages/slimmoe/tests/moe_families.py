@@ -15,7 +15,8 @@ _COMMON = {
 }  # fmt: skip
 _MLA = {
     "first_k_dense_replace": 1, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
-    "v_head_dim": 16, "num_key_value_heads": 4, "n_shared_experts": 1, "n_group": 2, "topk_group": 1,
+    "v_head_dim": 16, "num_key_value_heads": 4, "n_shared_experts": 1, "n_group": 2,
+    "topk_group": 1,
 }  # fmt: skip
 _LINEAR = {
     "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8,

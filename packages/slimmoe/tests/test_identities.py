@@ -247,6 +247,18 @@ def test_tied_embeddings_stay_tied():
     assert after.lm_head.weight.data_ptr() == after.model.embed_tokens.weight.data_ptr()
     wanted = before.model.embed_tokens.weight[:, decided.channels]
     assert torch.equal(after.model.embed_tokens.weight, wanted)
+    # what is tied is there once
+    assert "lm_head.weight" not in Source(before).matches
+
+
+def test_a_model_runs_as_it_did():
+    before = model("qwen3_moe").train()
+    before.set_attn_implementation("eager")
+    before.set_experts_implementation("batched_mm")
+    after = compress_model(before, plan(before, None, CompressionConfig(num_layers=2)))
+    assert after.training
+    assert after.config._attn_implementation == "eager"
+    assert after.config._experts_implementation == "batched_mm"
 
 
 # --- neurons and layers --------------------------------------------------------------------------

@@ -118,13 +118,15 @@ def _given(
 
     Rows of a later draft see those of the first up to their own, and of others their own alone.
     """
-    embeddings, hidden = (torch.cat([part[i] for part in seen], 1) for i in range(2))
+    embeddings = torch.cat([part[0] for part in seen], 1)
+    hidden = torch.cat([part[1] for part in seen], 1)
     size, first = len(rows), seen[0][2]
     position = torch.cat([rows + step for _, _, step in seen])[None]
     own = torch.eye(size, dtype=torch.bool, device=rows.device)
-    before = own.clone().fill_(True).tril()
+    nothing = torch.zeros_like(own)
+    before = torch.ones_like(own).tril()
     mask = torch.cat([
-        torch.cat([before if seen[column][2] == first else own if column <= row else ~own & own
+        torch.cat([before if seen[column][2] == first else own if column <= row else nothing
                    for column in range(len(seen))], 1)
         for row in range(len(seen))
     ])  # fmt: skip

@@ -147,6 +147,11 @@ class MTPHead(nn.Module):
                          for name in _NAMES[self.config.model_type])  # fmt: skip
         return parts, layer
 
+    def _layer(self, depth: int) -> nn.Module:
+        found = self.modules_[depth].layer
+        assert isinstance(found, nn.Module)
+        return found
+
     def _read(self, source: Source) -> Iterator[tuple[str, Tensor]]:
         """Return tensors by their names here."""
         read = source.weights.read
@@ -155,8 +160,7 @@ class MTPHead(nn.Module):
             for part, name in zip(_PARTS, parts, strict=True):
                 yield f"modules_.{depth}.{part}.weight", read(f"{name}.weight")
             count = source.family.count(source.config)
-            layer = self.modules_[depth].layer
-            for name in layer.state_dict():
+            for name in self._layer(depth).state_dict():
                 here = f"modules_.{depth}.layer.{name}"
                 if prefix + name in source.matches:
                     yield here, read(prefix + name)
@@ -177,7 +181,7 @@ class MTPHead(nn.Module):
             parts, prefix = self._names(depth)
             for part, name in zip(_PARTS, parts, strict=True):
                 yield f"{name}.weight", getattr(module, part).weight.detach()
-            for name, tensor in module.layer.state_dict().items():
+            for name, tensor in self._layer(depth).state_dict().items():
                 experts = f"{prefix}{name.rpartition('.')[0]}."
                 if name.endswith("experts.gate_up_proj"):
                     for e, both in enumerate(tensor):
