@@ -12,13 +12,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from shared_kernels.ops import dp, patching, prefix_attention, sampling, skinny
+from shared_kernels.ops import distill, dp, patching, prefix_attention, sampling, skinny
 from shared_kernels.ops.patching import attention as patching_attention
 from shared_kernels.ops.patching import kl as patching_kl
 from shared_kernels.ops.prefix_attention import decode
 
 FAMILIES = {
-    "decode": decode, "dp": dp, "patching": patching,
+    "decode": decode, "distill": distill, "dp": dp, "patching": patching,
     "patching_attention": patching_attention, "patching_kl": patching_kl,
     "prefix": prefix_attention, "sampling": sampling, "skinny": skinny,
 }  # fmt: skip
