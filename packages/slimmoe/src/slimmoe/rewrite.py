@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from shared_kernels._checks import message
 
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 _NO_SIZES = {"architectures", "dtype"}
 
 
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
 @dataclass(frozen=True)
 class Output:
     """A tensor that comes out.
@@ -42,6 +46,18 @@ class Output:
     shape: tuple[int, ...]
     dtype: torch.dtype
     make: Callable[[], Tensor]
+
+
+def taken(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
+    """Return a tensor with some of an axis, as `torch.index_select`.
+
+    Along the last axis on a CPU numpy takes a fourth of the time.
+    """
+    if tensor.device.type != "cpu" or dim < tensor.ndim - 1 or tensor.ndim < 2:
+        return tensor.index_select(dim, index.to(tensor.device))
+    bits = _BITS[tensor.dtype.itemsize]
+    found = np.take(tensor.contiguous().view(bits).numpy(), index.numpy(), axis=-1)
+    return torch.from_numpy(found).view(tensor.dtype)
 
 
 class Rewriter:
@@ -167,11 +183,10 @@ class Rewriter:
             return tensor
         for dim, axis in enumerate(axes):
             if axis is Axis.RESIDUAL:
-                tensor = tensor.index_select(dim, self._channels.to(tensor.device))
+                tensor = taken(tensor, dim, self._channels)
             elif axis is Axis.TWO_RESIDUALS:
                 second = self._channels + tensor.shape[dim] // 2
-                both = torch.cat([self._channels, second])
-                tensor = tensor.index_select(dim, both.to(tensor.device))
+                tensor = taken(tensor, dim, torch.cat([self._channels, second]))
         return tensor
 
     def _whole(self, match: Match, experts: Experts) -> Tensor:
@@ -189,7 +204,6 @@ class Rewriter:
     @staticmethod
     def _chosen(tensor: Tensor, axes: Sequence[Axis], neurons: Tensor) -> Tensor:
         """Return an expert's tensor with some of its neurons, or all in another order."""
-        neurons = neurons.to(tensor.device)
         for dim, axis in enumerate(axes):
             half = tensor.shape[dim] // 2
             index = {
@@ -198,7 +212,7 @@ class Rewriter:
                 Axis.GATE_UP_IN_TURNS: lambda: torch.stack([2 * neurons, 2 * neurons + 1], 1),
             }.get(axis)
             if index is not None:
-                tensor = tensor.index_select(dim, index().flatten())
+                tensor = taken(tensor, dim, index().flatten())
         return tensor
 
     # --- the order of neurons --------------------------------------------------------------------

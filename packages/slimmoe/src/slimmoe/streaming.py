@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 MANIFEST = "slimmoe.json"
 _CHUNK = 1 << 22
+#: Bytes of two tensors that may be in memory at a time.
+_AHEAD = 128 << 20
 
 
 @torch.no_grad()
@@ -171,10 +174,16 @@ def _room(folder: Path, shards: dict[str, list[Output]], manifest: dict[str, Any
 
 def _write(path: Path, outputs: list[Output], bar: tqdm) -> dict[str, Any]:
     def made() -> Iterator[torch.Tensor]:
-        for out in outputs:
-            tensor = out.make()
-            yield tensor
-            bar.update(_bytes(out))
+        # the next tensor is made while one is written; two large ones would take too much memory
+        with ThreadPoolExecutor(1) as pool:
+            ahead = None
+            for number, out in enumerate(outputs):
+                tensor = out.make() if ahead is None else ahead.result()
+                following = outputs[number + 1 : number + 2]
+                small = [o for o in following if _bytes(o) + _bytes(out) < _AHEAD]
+                ahead = pool.submit(torch.no_grad()(small[0].make)) if small else None
+                yield tensor
+                bar.update(_bytes(out))
 
     partial = path.with_suffix(".partial")
     write_safetensors(partial, [_info(out) for out in outputs], made())
