@@ -38,6 +38,16 @@ class Batch:
         """Tokens that count."""
         return self.input_ids.numel() if self.counted is None else int(self.counted.sum())
 
+    def ahead(self, depth: int) -> Tensor:
+        """Which rows count of a module that looks so many tokens ahead, bool ``[B, T - depth]``.
+
+        Those whose own token counts, and the one ahead.
+        """
+        if self.counted is None:
+            batch, size = self.input_ids.shape
+            return torch.ones(batch, size - depth, dtype=torch.bool)
+        return self.counted[:, depth:] & self.counted[:, :-depth]
+
     def inputs(self, device: torch.device) -> dict[str, Tensor]:
         """Arguments for a model.
 

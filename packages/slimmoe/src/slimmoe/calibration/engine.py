@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,9 +22,10 @@ from slimmoe.calibration.statistics import CalibrationStatistics
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Generator, Iterable, Sequence
+    from collections.abc import Callable, Generator, Iterable, Sequence
 
     from slimmoe.calibration.data import Batch
+    from slimmoe.mtp import MTPHead
 
 _MODES = ("auto", "resident", "layerwise")
 # What weights may take of the free memory; the rest is for activations and statistics.
@@ -43,6 +45,7 @@ def calibrate(
     dtype: torch.dtype | None = None,
     tokenizer: Any = None,
     exclude: Iterable[int] = (),
+    mtp: MTPHead | None = None,
     scratch: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> CalibrationStatistics:
@@ -71,6 +74,8 @@ def calibrate(
         dtype: To run a folder's model in; default is the one it was saved in.
         tokenizer: For texts; the folder's own by default.
         exclude: Ids of tokens that do not count, such as special tokens. They are run.
+        mtp: Modules of multi-token prediction of a model in memory; those of a folder are found
+            there. They are told the tokens, and their statistics have numbers behind the layers'.
         scratch: Layerwise: a folder for the hidden states between layers, on disk; None keeps them
             in the host's memory.
         progress: Show a bar.
@@ -105,7 +110,9 @@ def calibrate(
         exclude=exclude,
     )
     if loaded:
-        return _resident(model, batches, progress)
+        return _resident(model, batches, mtp, progress)
+    if mtp is not None:
+        raise ValueError("mtp is for a model in memory; a folder's modules are read with it")
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
@@ -114,22 +121,63 @@ def calibrate(
     from transformers import AutoModelForCausalLM
 
     made = AutoModelForCausalLM.from_pretrained(model, dtype=dtype or "auto").to(device)
-    return _resident(made, batches, progress)
+    return _resident(made, batches, _modules(model, made), progress)
 
 
-def _resident(model: Any, batches: Sequence[Batch], progress: bool) -> CalibrationStatistics:
+def _modules(folder: Any, model: Any) -> MTPHead | None:
+    """Return modules of multi-token prediction of a folder, if it has some."""
+    from slimmoe.mtp import MTPHead
+
+    if not Path(folder).is_dir() or not MTPHead.is_in(folder, model.config):
+        return None
+    return MTPHead.from_pretrained(folder, model)
+
+
+def _behind(
+    head: MTPHead, observer: Observer, device: torch.device
+) -> Callable[[Batch, Tensor], None]:
+    """Return what runs modules on a batch and the model's last hidden states."""
+
+    def run(batch: Batch, hidden: Tensor) -> None:
+        inputs = batch.inputs(device)
+        ids = inputs["input_ids"]
+        positions = inputs.get("position_ids")
+        if positions is None:
+            positions = torch.arange(ids.shape[1], device=device)[None].expand_as(ids)
+        for depth in range(1, len(head.modules_) + 1):
+            if ids.shape[1] <= depth:
+                return
+            counted = batch.ahead(depth)
+            whole = bool(counted.all())
+            observer.expect(int(counted.sum()), None if whole else counted)
+            mask = inputs.get("attention_mask")
+            hidden = head.step(depth, hidden, ids, mask, positions)
+
+    return run
+
+
+def _resident(
+    model: Any, batches: Sequence[Batch], head: MTPHead | None, progress: bool
+) -> CalibrationStatistics:
     anatomy = Anatomy(model)
+    if head is not None:
+        anatomy.join(head.eval())
     _check_ids(model, batches)
     observer = Observer(anatomy)
     device = model.get_input_embeddings().weight.device
     with (
         _evaluating(model),
         torch.no_grad(),
-        observer.watching(range(len(anatomy.layers)), start=True, end=True),
+        observer.watching(
+            [*range(len(anatomy.layers)), *sorted(anatomy.mtp)], start=True, end=True
+        ),
     ):
+        behind = None if head is None else _behind(head, observer, device)
         for batch in tqdm(batches, desc="calibrating", unit="batch", disable=not progress):
             observer.expect(batch.tokens, batch.counted)
-            anatomy.base(**batch.inputs(device), use_cache=False)
+            ran = anatomy.base(**batch.inputs(device), use_cache=False)
+            if behind is not None:
+                behind(batch, ran.last_hidden_state)
             observer.check(everything=False)
     return _statistics(model, observer, batches)
 
@@ -144,11 +192,21 @@ def _layerwise(
     _check_ids(folder.model, batches)
     observer = Observer(folder.anatomy)
     steps = len(folder.anatomy.layers) * len(batches)
+
+    def join() -> Callable[[Batch, Tensor], None] | None:
+        head = _modules(folder.path, folder.model)
+        if head is None:
+            return None
+        folder.anatomy.join(head.eval())
+        return _behind(head, observer, device)
+
     with (
         torch.no_grad(),
         tqdm(total=steps, desc="calibrating", unit="layer batch", disable=not progress) as bar,
     ):
-        run_layerwise(folder, observer, batches, device=device, scratch=scratch, advance=bar.update)
+        run_layerwise(
+            folder, observer, batches, device=device, scratch=scratch, advance=bar.update, join=join
+        )
     return _statistics(folder.model, observer, batches)
 
 

@@ -59,14 +59,22 @@ def recording(
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     before = model.get_experts_implementation()
+    # modules that the model does not know of have a configuration of their own
+    own = {id(module.config) for module in model.modules() if hasattr(module, "config")}
+    configs = {id(m.config): m.config for m in recorders if id(m.config) not in own}
+    apart = [(config, config._experts_implementation) for config in configs.values()]
     ALL_EXPERTS_FUNCTIONS.register(NAME, _observed_experts)
     try:
         for module, recorder in recorders.items():
             _recorders[module] = (module.config._experts_implementation, recorder)
         model.set_experts_implementation(NAME)
+        for config, _ in apart:
+            config._experts_implementation = NAME
         yield
     finally:
         model.set_experts_implementation(before)
+        for config, implementation in apart:
+            config._experts_implementation = implementation
         for module in recorders:
             _recorders.pop(module, None)
 

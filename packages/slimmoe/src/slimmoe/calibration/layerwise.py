@@ -36,6 +36,7 @@ class LayerFolder:
     Attributes:
         model: A causal language model on the meta device, but for what was loaded.
         anatomy: Of the model.
+        path: The folder.
 
     Raises:
         ValueError: The weights are quantized.
@@ -46,7 +47,7 @@ class LayerFolder:
     ) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        self._folder = TensorFolder(path)
+        self._folder, self.path = TensorFolder(path), Path(path)
         self._device = device
         config = AutoConfig.from_pretrained(path)
         if getattr(config, "quantization_config", None) is not None:
@@ -178,6 +179,7 @@ def run_layerwise(
     device: torch.device,
     scratch: str | os.PathLike[str] | None,
     advance: Callable[[], object],
+    join: Callable[[], Callable[[Batch, Tensor], None] | None],
 ) -> None:
     """Run all batches through one layer after the other, under an observer.
 
@@ -191,6 +193,8 @@ def run_layerwise(
         scratch: A folder for the hidden states between layers, which take tokens times H times the
             size of the model's dtype; None keeps them in the host's memory.
         advance: Called after each batch in each layer.
+        join: Called before the last layer runs; may join modules to the anatomy, and gives what
+            runs them on a batch and the model's last hidden states.
     """
     anatomy = folder.anatomy
     layers = anatomy.layers
@@ -207,17 +211,21 @@ def run_layerwise(
             pending.result()
             if index < last:
                 pending = reader.submit(folder.load_layer, index + 1)
+            behind = join() if index == last else None
+            watched = [index, *sorted(anatomy.mtp)] if index == last else [index]
             idle = [other for other in layers if other is not layer]
             idle += [] if index == last else anatomy.norms[-1].values()
             with (
                 _handing_on(idle),
                 relay.around(layer, first=index == 0, last=index == last),
-                observer.watching([index], start=index == 0, end=index == last),
+                observer.watching(watched, start=index == 0, end=index == last),
             ):
                 for at, batch in enumerate(batches):
                     relay.batch = at
                     observer.expect(batch.tokens, batch.counted)
-                    anatomy.base(**batch.inputs(device), use_cache=False)
+                    ran = anatomy.base(**batch.inputs(device), use_cache=False)
+                    if behind is not None:
+                        behind(batch, ran.last_hidden_state)
                     advance()
             observer.check(everything=False)
             observer.release(index)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Iterable
 
     from slimmoe.calibration.experts import Assignments
+    from slimmoe.mtp import MTPHead
 
 # Bytes of the float64 copies that are made at a time on a GPU.
 _COPY_BYTES = 256 << 20
@@ -44,6 +45,7 @@ class Anatomy:
         layers: The decoder layers.
         norms: By index of layer; those after the layers are at -1.
         routed: By index of layer.
+        mtp: Indices of modules of multi-token prediction, behind those of layers.
 
     Raises:
         ValueError: No decoder layers, or experts that cannot be observed.
@@ -67,6 +69,7 @@ class Anatomy:
         self._list, self.layers = lists[0]
         self.norms: dict[int, dict[str, nn.Module]] = {-1: _norms(self.base, text.hidden_size)}
         self.routed: dict[int, Routed] = {}
+        self.mtp: set[int] = set()
         for index, layer in enumerate(self.layers):
             self.norms[index] = _norms(layer, text.hidden_size)
             found = [
@@ -80,8 +83,23 @@ class Anatomy:
             for block in found:
                 self.routed[index] = self._routed(index, block)
 
+    def join(self, head: MTPHead) -> None:
+        """Add modules of multi-token prediction, as layers behind the last.
+
+        Their norms have the names that they have in the checkpoint.
+        """
+        for depth, module in enumerate(head.modules_):
+            index = len(self.layers) + depth
+            self.mtp.add(index)
+            self.norms[index] = head.norms(depth)
+            for block in module.modules():
+                if getattr(getattr(block, "experts", None), "down_proj", None) is not None:
+                    self.routed[index] = self._routed(index, block)
+
     def name(self, layer: int, child: str = "") -> str:
         """Name in the checkpoint of a layer, of its child, or of a child of the base model (-1)."""
+        if layer in self.mtp and child in self.norms[layer]:
+            return child
         names = [] if layer < 0 else [self._list, str(layer)]
         return self.prefix + ".".join([*names, child] if child else names)
 
@@ -153,8 +171,9 @@ class Observer:
 
             for index in layers:
                 self._sums.setdefault(index, {})
-                layer = anatomy.layers[index]
-                hook(layer.register_forward_hook(partial(self._layer_hook, index)))
+                if index not in anatomy.mtp:
+                    layer = anatomy.layers[index]
+                    hook(layer.register_forward_hook(partial(self._layer_hook, index)))
                 if index in anatomy.routed:
                     experts, router = anatomy.routed[index]
                     recorders[experts] = partial(self._experts_hook, index, experts.num_experts)
@@ -224,8 +243,11 @@ class Observer:
         """
         self.check(everything=True)
         for layer in self._anatomy.routed:
-            seen = self._sums[layer].get("experts", {}).get("tokens", 0)
-            if seen != self._sums[layer][""]["tokens"]:
+            parts = self._sums[layer]
+            seen = parts.get("experts", {}).get("tokens", 0)
+            # a module of MTP is no layer, but has norms
+            ran = parts.get("") or next(parts[name] for name in self._anatomy.norms[layer])
+            if seen != ran["tokens"]:
                 raise RuntimeError(
                     f"{self._anatomy.name(layer)}: its experts ran past transformers' registry of "
                     "experts functions (a quantized or replaced module?); they cannot be observed"

@@ -138,7 +138,30 @@ class MTPHead(nn.Module):
         made.load_state_dict(state, assign=True)
         return made.train(model.training)
 
+    @staticmethod
+    def is_in(folder: str | Path, config: Any) -> bool:
+        """Return whether a folder has modules of a kind that is known.
+
+        Args:
+            folder: With safetensors.
+            config: Of its model.
+        """
+        if config.model_type not in _NAMES:
+            return False
+        return any(match.mtp is not None for match in Source(folder).matches.values())
+
     # --- names on disk ---------------------------------------------------------------------------
+
+    def norms(self, depth: int) -> dict[str, nn.Module]:
+        """Return norms over the residual stream of a module, by their names on disk."""
+        parts, prefix = self._names(depth)
+        module = self.modules_[depth]
+        found = {name: getattr(module, part) for part, name in zip(_PARTS, parts, strict=True)
+                 if part != "projection"}  # fmt: skip
+        layer = self._layer(depth)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            found[prefix + name] = getattr(layer, name)
+        return found
 
     def _names(self, depth: int) -> tuple[list[str], str]:
         """Return names of a module's parts on disk, and what its layer's begin with."""
@@ -154,7 +177,13 @@ class MTPHead(nn.Module):
 
     def _read(self, source: Source) -> Iterator[tuple[str, Tensor]]:
         """Return tensors by their names here."""
-        read = source.weights.read
+
+        def read(name: str) -> Tensor:
+            if name not in source.matches:
+                remedy = "its modules of MTP are not whole"
+                raise ValueError(message("folder", f"a tensor {name}", str(source.path), remedy))
+            return source.weights.read(name)
+
         for depth in range(len(self.modules_)):
             parts, prefix = self._names(depth)
             for part, name in zip(_PARTS, parts, strict=True):
@@ -215,23 +244,43 @@ class MTPHead(nn.Module):
         Raises:
             ValueError: Sequences that are no longer than there are modules.
         """
-        size = input_ids.shape[1]
-        if size <= len(self.modules_):
-            remedy = "a module looks ahead"
-            raise ValueError(
-                message("input_ids", f"over {len(self.modules_)} tokens", size, remedy)
-            )
         if position_ids is None:
-            position_ids = torch.arange(size, device=input_ids.device)[None].expand_as(input_ids)
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
+            position_ids = position_ids[None].expand_as(input_ids)
         found = []
-        for depth, module in enumerate(self.modules_, 1):
-            hidden = hidden[:, : size - depth]
-            embeddings = self._model[0].get_input_embeddings()(input_ids[:, depth:])
-            mask = None if attention_mask is None else attention_mask[:, depth:]
-            context = self.context(embeddings, mask, position_ids[:, depth:])
-            hidden = module(embeddings, hidden, **context)
+        for depth in range(1, len(self.modules_) + 1):
+            hidden = self.step(depth, hidden, input_ids, attention_mask, position_ids)
             found.append(hidden)
         return found
+
+    def step(
+        self,
+        depth: int,
+        hidden: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor,
+    ) -> Tensor:
+        """Return what the module of a depth gives, ``(B, T - depth, D)``.
+
+        Args:
+            depth: From 1 on.
+            hidden: What the one before gave, ``(B, T - depth + 1, D)``.
+            input_ids: Of `forward`.
+            attention_mask: Of `forward`.
+            position_ids: Of `forward`.
+
+        Raises:
+            ValueError: Sequences that are no longer than the depth.
+        """
+        size = input_ids.shape[1]
+        if size <= depth:
+            remedy = "a module looks ahead"
+            raise ValueError(message("input_ids", f"over {depth} tokens", size, remedy))
+        embeddings = self._model[0].get_input_embeddings()(input_ids[:, depth:])
+        mask = None if attention_mask is None else attention_mask[:, depth:]
+        context = self.context(embeddings, mask, position_ids[:, depth:])
+        return self.modules_[depth - 1](embeddings, hidden[:, : size - depth], **context)
 
     def context(
         self, embeddings: Tensor, attention_mask: Tensor | None, position_ids: Tensor
