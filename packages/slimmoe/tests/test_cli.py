@@ -65,6 +65,25 @@ def test_from_data_to_a_checked_model(folder, capsys):
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
+def test_distillation_goes_on(folder, capsys):
+    before, after, out = folder / "before", folder / "after", folder / "run"
+    run(capsys, "compress", before, after, "--drop-layers", 1)
+    args = ("distill", after, before, folder / "data.jsonl", "--out", out, "--batch-size", 4,
+            "--save-steps", 2, "--logging-steps", 1, "--learning-rate", 1e-3)  # fmt: skip
+    status, text, err = run(capsys, *args, "--steps", 4, "--json")
+    assert status == 0, err
+    told = json.loads(text.strip().splitlines()[-1])
+    assert told["sequences"] == 20
+    assert {"kl", "lm", "kd_weight"} <= told.keys()
+    assert (out / "checkpoint-4").is_dir()
+    AutoModelForCausalLM.from_pretrained(out / "final")
+    # what is there is not done again
+    status, text, _ = run(capsys, *args, "--steps", 6)
+    assert status == 0
+    assert (out / "checkpoint-6").is_dir()
+    assert "kd_weight" in text
+
+
 def test_tables_for_people(folder, capsys):
     status, out, _ = run(capsys, "inspect", folder / "before")
     assert status == 0

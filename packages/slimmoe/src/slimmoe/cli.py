@@ -220,6 +220,89 @@ def verify(
     return 0
 
 
+@app.command
+def distill(
+    student: str,
+    teacher: str,
+    data: Annotated[list[Path], Parameter(consume_multiple=True)],
+    *,
+    out: Path,
+    steps: int,
+    batch_size: int = 8,
+    accumulation: int = 1,
+    sequence_length: int = 1024,
+    learning_rate: float = 4e-4,
+    warmup_steps: int = 0,
+    kd_weight: tuple[float, float] = (1.0, 0.75),
+    mtp_weight: tuple[float, float] = (0.3, 0.1),
+    temperature: float = 1.0,
+    save_steps: int = 500,
+    logging_steps: int = 10,
+    seed: int = 0,
+    json_output: JsonFlag = False,
+) -> int:
+    """Train a compressed model on texts and on what its teacher says of them; goes on if stopped.
+
+    The rate of learning falls on a cosine to a thirteenth, as in the paper. The last model is in
+    OUT/final, and loads in plain transformers.
+
+    Args:
+        student: Folder of `slimmoe compress`, or another model.
+        teacher: The model that it was made of.
+        data: Files of text, of JSON lines with `text` or `input_ids`, or folders of these.
+        out: Folder for checkpoints and the last model.
+        steps: Of the optimizer.
+        batch_size: Sequences of a batch.
+        accumulation: Batches of a step.
+        sequence_length: Of texts, which are joined and cut.
+        learning_rate: At most.
+        warmup_steps: In which it rises.
+        kd_weight: Of distillation against the language model's loss, at the begin and at the end.
+        mtp_weight: Of modules of multi-token prediction, at the begin and at the end.
+        temperature: Of both laws.
+        save_steps: Between checkpoints.
+        logging_steps: Between lines of the log.
+        seed: Of the order of sequences.
+        json_output: Print JSON.
+    """
+    from transformers import AutoTokenizer
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from slimmoe.calibration.data import make_sequences
+    from slimmoe.compression import fetched
+    from slimmoe.datafiles import read_data
+    from slimmoe.distillation import DistillationArguments, DistillationTrainer
+
+    items = read_data(data)
+    tokenizer = AutoTokenizer.from_pretrained(teacher) if isinstance(items[0], str) else None
+    sequences = make_sequences(items, sequence_length, tokenizer)
+    if tokenizer is not None and len(sequences) > 1:
+        # one that is shorter would need padding
+        sequences = [row for row in sequences if len(row) == sequence_length]
+    args = DistillationArguments(
+        output_dir=str(out), max_steps=steps, per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation, learning_rate=learning_rate,
+        warmup_steps=warmup_steps, lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 3 / 40}, kd_weight=kd_weight, mtp_weight=mtp_weight,
+        temperature=temperature, save_steps=save_steps, logging_steps=logging_steps, seed=seed,
+        report_to=[], save_total_limit=2,
+    )  # fmt: skip
+    trainer = DistillationTrainer(
+        fetched(student), fetched(teacher), args,
+        train_dataset=[{"input_ids": row} for row in sequences],  # ty: ignore[invalid-argument-type]
+    )  # fmt: skip
+    last = get_last_checkpoint(str(out)) if out.is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    trainer.save_model(str(out / "final"))
+    told = next((t for t in reversed(trainer.state.log_history) if "kl" in t), {})
+    told = {name: value for name, value in told.items() if isinstance(value, int | float)}
+    if json_output:
+        return print_json({"out": str(out / "final"), "sequences": len(sequences), **told})
+    print_table([(name, f"{value:.4g}") for name, value in told.items()])
+    print(f"model in {out / 'final'}")
+    return 0
+
+
 def _rows(told: dict[str, int]) -> list[tuple[str, str]]:
     return [(name.replace("_", " "), _shown(name, value)) for name, value in told.items()]
 

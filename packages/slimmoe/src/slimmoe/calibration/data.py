@@ -99,8 +99,7 @@ def make_batches(
     if isinstance(items[0], Mapping):
         batches = [_given(item, at) for at, item in enumerate(items)]
     else:
-        texts = isinstance(items[0], str)
-        sequences = _packed(items, sequence_length, tokenizer) if texts else _as_sequences(items)
+        sequences = make_sequences(items, sequence_length, tokenizer)
         batches = _padded(sequences, batch_tokens)
     excluded = torch.tensor(sorted(set(exclude)), dtype=torch.int64)
     if excluded.numel():
@@ -124,6 +123,18 @@ def hash_tokens(batches: Sequence[Batch]) -> str:
             digest = hashlib.sha256(ids.contiguous().numpy().astype("<i8").tobytes()).digest()
             total += int.from_bytes(digest, "big")
     return hexadecimal(total)
+
+
+def make_sequences(items: list[Any], length: int, tokenizer: Any) -> list[Tensor]:
+    """Return sequences of token ids, int64 ``[T]``: texts packed, token ids as they are.
+
+    Args:
+        items: Of `make_batches`, without batches.
+        length: Of packed texts.
+        tokenizer: For texts.
+    """
+    texts = isinstance(items[0], str)
+    return _packed(items, length, tokenizer) if texts else _as_sequences(items)
 
 
 def _packed(texts: list[Any], length: int, tokenizer: Any) -> list[Tensor]:
