@@ -8,6 +8,7 @@ from .errors import UnknownTensorError as UnknownTensorError
 from .errors import UnsupportedModelError as UnsupportedModelError
 from .errors import VerificationError as VerificationError
 from .memory import compress_model as compress_model
+from .optimizer import slice_optimizer_state as slice_optimizer_state
 from .planning import CompressionPlan as CompressionPlan
 from .planning import plan as plan
 from .summary import Sizes as Sizes

@@ -289,7 +289,7 @@ def distill(
     )  # fmt: skip
     trainer = DistillationTrainer(
         fetched(student), fetched(teacher), args,
-        train_dataset=[{"input_ids": row} for row in sequences],  # ty: ignore[invalid-argument-type]
+        train_dataset=[{"input_ids": row} for row in sequences],
     )  # fmt: skip
     last = get_last_checkpoint(str(out)) if out.is_dir() else None
     trainer.train(resume_from_checkpoint=last)

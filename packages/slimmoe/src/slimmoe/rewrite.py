@@ -66,17 +66,19 @@ class Rewriter:
     Args:
         source: Of the weights that go in.
         plan: Of what becomes of them.
+        moment: Where the weights are moments of gradients, their power.
 
     Raises:
         ValueError: The plan is of another model.
     """
 
-    def __init__(self, source: Source, plan: CompressionPlan) -> None:
+    def __init__(self, source: Source, plan: CompressionPlan, moment: int = 0) -> None:
         fields = (source.config.keys() | plan.source.keys()) - _NO_SIZES
         differ = sorted(key for key in fields if source.config.get(key) != plan.source.get(key))
         if differ:
             raise ValueError(message("plan", "one of this model", differ, "these fields differ"))
         self.source, self.plan, self.family = source, plan, source.family
+        self.moment = moment
         self._new = {layer: place for place, layer in enumerate(plan.layers)}
         self._channels = None if plan.channels is None else torch.tensor(plan.channels)
         self._orders: dict[tuple[int, int], Tensor] = {}
@@ -195,7 +197,10 @@ class Rewriter:
         if Axis.EXPERT in row.axes and len(experts.kept) < tensor.shape[0]:
             tensor = tensor[experts.kept]
         factor = self.plan.norms.get(match.site) if row.norm is not None else None
-        if factor is not None:
+        if factor is not None and self.moment:
+            # gradients of what is multiplied by c are 1 / c of those before
+            tensor = tensor / factor**self.moment
+        elif factor is not None:
             assert row.norm is not None
             wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
             tensor = ((wide + row.norm) * factor - row.norm).to(tensor.dtype)

@@ -74,16 +74,21 @@ class DistillationTrainer(Trainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("args: weights that are sharded over processes are not supported")
         if mtp is not None:
-            self.model.add_module(_NAME, mtp.to(self.args.device))
+            self._student.add_module(_NAME, mtp.to(self.args.device))
         self.teacher = teacher.to(self.args.device)
         # losses are sums over what `num_items_in_batch` counts
         self.model_accepts_loss_kwargs = True
         self._seen: dict[str, list[Tensor]] = {}
 
     @property
+    def _student(self) -> Any:
+        """The model, without what processes wrap it into."""
+        return self.model
+
+    @property
     def mtp(self) -> MTPHead | None:
         """Modules of multi-token prediction that are trained."""
-        return getattr(self.model, _NAME, None)
+        return getattr(self._student, _NAME, None)
 
     # --- the loss --------------------------------------------------------------------------------
 
@@ -117,6 +122,7 @@ class DistillationTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """Return the loss of a batch; see ``Trainer.compute_loss``."""
+        args: Any = self.args
         student: Any = self.accelerator.unwrap_model(model)
         known = {key: value for key, value in inputs.items() if key != "labels"}
         with _last_hidden(student) as seen:
@@ -137,7 +143,7 @@ class DistillationTrainer(Trainer):
             rows=[rows for _, rows in pairs],
             kd_weight=kd_weight,
             head_weights=[1.0, *[mtp_weight] * (len(hidden) - 1)],
-            temperature=self.args.temperature,  # ty: ignore[unresolved-attribute]
+            temperature=args.temperature,
             num_items=num_items_in_batch,
         )
         loss = found.loss
@@ -180,19 +186,19 @@ class DistillationTrainer(Trainer):
         if head is None:
             super()._save(output_dir, state_dict)
             return
-        whole = self.model.state_dict() if state_dict is None else state_dict
+        whole = self._student.state_dict() if state_dict is None else state_dict
         plain = {key: value for key, value in whole.items() if not key.startswith(f"{_NAME}.")}
         # the plain class has no such part
-        del self.model._modules[_NAME]
+        del self._student._modules[_NAME]
         try:
             super()._save(output_dir, plain)
         finally:
-            self.model.add_module(_NAME, head)
+            self._student.add_module(_NAME, head)
         if self.args.should_save:
-            write_modules(output_dir or self.args.output_dir, head)
+            write_modules(output_dir or str(self.args.output_dir), head)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        target = self.model if model is None else model
+        target: Any = self._student if model is None else model
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             resume_from_checkpoint, dtype=target.dtype
         )

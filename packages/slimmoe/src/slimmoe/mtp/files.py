@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shared_kernels.checkpoint import TensorFolder, TensorInfo, write_safetensors
 from shared_kernels.files import write_text
@@ -27,6 +27,7 @@ def write_modules(folder: str | Path, head: MTPHead) -> None:
         head: The modules.
     """
     folder = Path(folder)
+    index: dict[str, Any]
     if (folder / _INDEX).is_file():
         index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
     else:
