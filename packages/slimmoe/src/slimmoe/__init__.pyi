@@ -11,6 +11,9 @@ from .memory import compress_model as compress_model
 from .optimizer import slice_optimizer_state as slice_optimizer_state
 from .planning import CompressionPlan as CompressionPlan
 from .planning import plan as plan
+from .progressive import ProgressiveRunner as ProgressiveRunner
+from .progressive import ProgressiveSchedule as ProgressiveSchedule
+from .progressive import Stage as Stage
 from .summary import Sizes as Sizes
 from .summary import sizes as sizes
 from .verification import verify as verify

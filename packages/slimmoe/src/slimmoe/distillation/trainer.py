@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from shared_kernels._checks import message
 from shared_kernels.ops.distill import fused_linear_distillation_heads
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, Trainer
 
 from slimmoe.distillation.rows import IGNORED, documents, labels_of, targets
@@ -18,7 +21,7 @@ from slimmoe.mtp.files import write_modules
 from slimmoe.mtp.modeling_mtp import MTPHead
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Mapping
+    from collections.abc import Callable, Generator, Mapping
 
     from torch import Tensor
 
@@ -68,8 +71,6 @@ class DistillationTrainer(Trainer):
         if not isinstance(teacher, Teacher):
             loads = isinstance(teacher, str | Path)
             teacher = Teacher.from_pretrained(teacher) if loads else Teacher(teacher)
-        if mtp is not None and max(args.mtp_weight) == 0:
-            mtp.requires_grad_(False)
         super().__init__(model, args, **options)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("args: weights that are sharded over processes are not supported")
@@ -100,6 +101,32 @@ class DistillationTrainer(Trainer):
         share = self.state.global_step / max(1, self.state.max_steps)
         share = begin + (end - begin) * min(1.0, share)
         return linear(share, *args.kd_weight), cosine(share, *args.mtp_weight)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Return a schedule of the rate of learning: that of the whole run, from where this begins.
+
+        Args:
+            num_training_steps: Of this run.
+            optimizer: Whose rate it is.
+        """
+        args: Any = self.args
+        begin, end = args.schedule_span
+        if (begin, end) == (0.0, 1.0) or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        whole = round(num_training_steps / (end - begin))
+        made = super().create_scheduler(whole, optimizer)
+        if not isinstance(made, LambdaLR):
+            remedy = "a schedule that depends on the step alone, such as cosine"
+            raise ValueError(
+                message("lr_scheduler_type", remedy, type(made).__name__, "for stages")
+            )
+        first = round(begin * whole)
+        rates: list[Any] = [partial(_later, rate, first) for rate in made.lr_lambdas]
+        for group in made.optimizer.param_groups:
+            # what the first schedule has set it to
+            group["lr"] = group.pop("initial_lr")
+        self.lr_scheduler = LambdaLR(made.optimizer, rates)
+        return self.lr_scheduler
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
         counted = [self._targets(batch, 0)[0].ne(IGNORED).sum() for batch in batch_samples]
@@ -207,6 +234,10 @@ class DistillationTrainer(Trainer):
             head = MTPHead.from_pretrained(resume_from_checkpoint, loaded)
             state |= {f"{_NAME}.{key}": value for key, value in head.state_dict().items()}
         target.load_state_dict(state)
+
+
+def _later(rate: Callable[[int], float], first: int, step: int) -> float:
+    return rate(first + step)
 
 
 @contextmanager
