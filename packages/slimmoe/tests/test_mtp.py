@@ -101,6 +101,20 @@ def test_padding_changes_nothing():
         torch.testing.assert_close(a[:, : b.shape[1]], b, rtol=1e-5, atol=1e-5)
 
 
+def test_padding_on_the_left():
+    found, head = head_of("deepseek_v3", 2)
+    ids = tokens(found, 1, 8)
+    wanted = given(found, head, ids)
+    longer = torch.cat([torch.zeros(1, 3, dtype=torch.int64), ids], 1)
+    mask = torch.ones_like(longer)
+    mask[:, :3] = 0
+    places = (mask.cumsum(-1) - 1).clamp(min=0)
+    ran = given(found, head, longer, attention_mask=mask, position_ids=places)
+    for a, b in zip(ran, wanted, strict=True):
+        # the first row of a depth has seen nothing but padding before
+        torch.testing.assert_close(a[:, -b.shape[1] :], b, rtol=1e-4, atol=1e-4)
+
+
 # --- files ---------------------------------------------------------------------------------------
 
 

@@ -93,6 +93,9 @@ def test_padding_and_batches_do_not_matter():
     masked = [{"input_ids": torch.tensor([ids[0]]),
                "mask": torch.tensor([[1] * 6 + [0] * 6])}]  # fmt: skip
     assert statistics(found, masked, mtp=head).experts[4].tokens == 5
+    # both tokens that a row reads count, or it does not
+    masked[0]["mask"] = torch.tensor([[0] * 6 + [1] * 6])
+    assert statistics(found, masked, mtp=head).experts[4].tokens == 5
 
 
 def test_its_experts_run_as_they_did():

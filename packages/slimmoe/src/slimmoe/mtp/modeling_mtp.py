@@ -278,7 +278,10 @@ class MTPHead(nn.Module):
             remedy = "a module looks ahead"
             raise ValueError(message("input_ids", f"over {depth} tokens", size, remedy))
         embeddings = self._model[0].get_input_embeddings()(input_ids[:, depth:])
-        mask = None if attention_mask is None else attention_mask[:, depth:]
+        # a row is of two tokens: behind padding, the first that is told has none before it
+        mask = None
+        if attention_mask is not None:
+            mask = attention_mask[:, depth:] * attention_mask[:, : size - depth]
         context = self.context(embeddings, mask, position_ids[:, depth:])
         return self.modules_[depth - 1](embeddings, hidden[:, : size - depth], **context)
 
