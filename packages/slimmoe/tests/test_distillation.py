@@ -145,6 +145,12 @@ def test_padding_and_documents_are_left_out(tmp_path):
         for part in (ids[:1], short)
     )
     assert float(together) == pytest.approx(float(alone), rel=1e-5)
+    left = {"input_ids": torch.cat([ids[:1], functional.pad(short, (2, 0))]),
+            "attention_mask": mask.flip(1)}  # fmt: skip
+    left["position_ids"] = (left["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    assert int(found._get_num_items_in_batch([left], ids.device)) == 5 + 3
+    again = found.compute_loss(found.model, dict(left), num_items_in_batch=count)
+    assert float(again) == pytest.approx(float(alone), rel=1e-4)
     packed = {"input_ids": ids[:1], "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}
     assert int(found._get_num_items_in_batch([packed], ids.device)) == 4
 

@@ -162,7 +162,8 @@ def _teacher() -> Any:
     return AutoModelForCausalLM.from_config(Qwen3MoeConfig(
         vocab_size=256, hidden_size=128, moe_intermediate_size=64, num_hidden_layers=4,
         num_experts=16, num_experts_per_tok=2, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=32, max_position_embeddings=256, norm_topk_prob=True, router_aux_loss_coef=0.01,
+        head_dim=32,  # ty: ignore[unknown-argument]
+        max_position_embeddings=256, norm_topk_prob=True, router_aux_loss_coef=0.01,
         bos_token_id=None, eos_token_id=None,
     ))  # fmt: skip
 

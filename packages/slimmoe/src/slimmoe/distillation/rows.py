@@ -26,14 +26,17 @@ def labels_of(inputs: Mapping[str, Any]) -> Tensor:
 
 
 def documents(inputs: Mapping[str, Any]) -> Tensor | None:
-    """Return the number of each token's document ``(B, T)``; None if a row is one.
+    """Return the number of each token's document ``(B, T)``, 0 of padding; None if a row is one.
 
     Packed documents begin where positions begin anew.
     """
-    positions = inputs.get("position_ids")
-    if positions is None:
-        return None
-    return (positions == 0).long().cumsum(-1)
+    positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
+    found = None if positions is None else (positions == 0).long().cumsum(-1)
+    if mask is None or mask.ndim != 2:
+        return found
+    # what is behind padding does not follow from it
+    real = (mask != 0).long()
+    return real if found is None else found * real
 
 
 def targets(labels: Tensor, document: Tensor | None, depth: int) -> tuple[Tensor, Tensor]:
