@@ -77,6 +77,15 @@ def test_distillation_goes_on(folder, capsys):
     assert {"kl", "lm", "kd_weight"} <= told.keys()
     assert (out / "checkpoint-4").is_dir()
     AutoModelForCausalLM.from_pretrained(out / "final")
+    status, _, err = run(capsys, "cache-teacher", before, folder / "data.jsonl", "--out",
+                         folder / "cache", "--tokens", 8)  # fmt: skip
+    assert status == 0, err
+    status, text, err = run(
+        capsys, "distill", after, before, folder / "data.jsonl", "--out", folder / "cached",
+        "--steps", 2, "--logging-steps", 1, "--cache", folder / "cache", "--json",
+    )  # fmt: skip
+    assert status == 0, err
+    assert json.loads(text.strip().splitlines()[-1])["sequences"] == 20
     # what is there is not done again
     status, text, _ = run(capsys, *args, "--steps", 6)
     assert status == 0

@@ -221,6 +221,53 @@ def verify(
 
 
 @app.command
+def cache_teacher(
+    teacher: str,
+    data: Annotated[list[Path], Parameter(consume_multiple=True)],
+    *,
+    out: Path,
+    tokens: int = 64,
+    sampled: bool = False,
+    sequence_length: int = 1024,
+    temperature: float = 1.0,
+    device: str | None = None,
+    seed: int = 0,
+    json_output: JsonFlag = False,
+) -> int:
+    """Write down what a teacher says of texts: it need not be there while its student learns.
+
+    A token takes 8 bytes for each of the numbers that are kept of it.
+
+    Args:
+        teacher: Folder or name on the Hugging Face Hub.
+        data: Files of text, of JSON lines with `text` or `input_ids`, or folders of these.
+        out: Folder to write to.
+        tokens: Kept of each law: the likeliest, or as many drawn.
+        sampled: Draw them: then the gradient is that of the whole law in expectation.
+        sequence_length: Of texts, which are joined and cut.
+        temperature: Of the law.
+        device: Where to run it; by default a GPU if there is one.
+        seed: Of drawing.
+        json_output: Print JSON.
+    """
+    import torch
+
+    from slimmoe.compression import fetched
+    from slimmoe.distillation import Teacher, TeacherLogitCache
+
+    rows = _sequences(teacher, data, sequence_length)
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    asked = Teacher.from_pretrained(fetched(teacher)).to(torch.device(place))
+    found = TeacherLogitCache.build(
+        out, asked, rows, tokens=tokens, sampled=sampled, temperature=temperature, seed=seed,
+    )  # fmt: skip
+    if json_output:
+        return print_json({"out": str(out), "sequences": len(found), "tokens": tokens})
+    print(f"{len(found):,} sequences in {out}")
+    return 0
+
+
+@app.command
 def distill(
     student: str,
     teacher: str,
@@ -236,6 +283,7 @@ def distill(
     kd_weight: tuple[float, float] = (1.0, 0.75),
     mtp_weight: tuple[float, float] = (0.3, 0.1),
     temperature: float = 1.0,
+    cache: Path | None = None,
     save_steps: int = 500,
     logging_steps: int = 10,
     seed: int = 0,
@@ -260,25 +308,22 @@ def distill(
         kd_weight: Of distillation against the language model's loss, at the begin and at the end.
         mtp_weight: Of modules of multi-token prediction, at the begin and at the end.
         temperature: Of both laws.
+        cache: Of `slimmoe cache-teacher` with the same data; the teacher is not loaded then.
         save_steps: Between checkpoints.
         logging_steps: Between lines of the log.
         seed: Of the order of sequences.
         json_output: Print JSON.
     """
-    from transformers import AutoTokenizer
     from transformers.trainer_utils import get_last_checkpoint
 
-    from slimmoe.calibration.data import make_sequences
     from slimmoe.compression import fetched
-    from slimmoe.datafiles import read_data
-    from slimmoe.distillation import DistillationArguments, DistillationTrainer
+    from slimmoe.distillation import (
+        DistillationArguments,
+        DistillationTrainer,
+        TeacherLogitCache,
+    )
 
-    items = read_data(data)
-    tokenizer = AutoTokenizer.from_pretrained(teacher) if isinstance(items[0], str) else None
-    sequences = make_sequences(items, sequence_length, tokenizer)
-    if tokenizer is not None and len(sequences) > 1:
-        # one that is shorter would need padding
-        sequences = [row for row in sequences if len(row) == sequence_length]
+    rows = _sequences(teacher, data, sequence_length)
     args = DistillationArguments(
         output_dir=str(out), max_steps=steps, per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=accumulation, learning_rate=learning_rate,
@@ -287,20 +332,35 @@ def distill(
         temperature=temperature, save_steps=save_steps, logging_steps=logging_steps, seed=seed,
         report_to=[], save_total_limit=2,
     )  # fmt: skip
-    trainer = DistillationTrainer(
-        fetched(student), fetched(teacher), args,
-        train_dataset=[{"input_ids": row} for row in sequences],
-    )  # fmt: skip
+    known: Any = fetched(teacher) if cache is None else TeacherLogitCache(cache)
+    dataset: Any = rows if cache is None else known.attach(rows)
+    trainer = DistillationTrainer(fetched(student), known, args, train_dataset=dataset)
     last = get_last_checkpoint(str(out)) if out.is_dir() else None
     trainer.train(resume_from_checkpoint=last)
     trainer.save_model(str(out / "final"))
     told = next((t for t in reversed(trainer.state.log_history) if "kl" in t), {})
     told = {name: value for name, value in told.items() if isinstance(value, int | float)}
     if json_output:
-        return print_json({"out": str(out / "final"), "sequences": len(sequences), **told})
+        return print_json({"out": str(out / "final"), "sequences": len(rows), **told})
     print_table([(name, f"{value:.4g}") for name, value in told.items()])
     print(f"model in {out / 'final'}")
     return 0
+
+
+def _sequences(model: str, data: list[Path], length: int) -> list[dict[str, Any]]:
+    """Return rows of token ids, of one length where they are made of texts."""
+    from transformers import AutoTokenizer
+
+    from slimmoe.calibration.data import make_sequences
+    from slimmoe.datafiles import read_data
+
+    items = read_data(data)
+    tokenizer = AutoTokenizer.from_pretrained(model) if isinstance(items[0], str) else None
+    found = make_sequences(items, length, tokenizer)
+    if tokenizer is not None and len(found) > 1:
+        # one that is shorter would need padding
+        found = [row for row in found if len(row) == length]
+    return [{"input_ids": row} for row in found]
 
 
 def _rows(told: dict[str, int]) -> list[tuple[str, str]]:

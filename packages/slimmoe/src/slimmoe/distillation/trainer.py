@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from shared_kernels._checks import message
-from shared_kernels.ops.distill import fused_linear_distillation_heads
+from shared_kernels.ops.distill import fused_linear_distillation_heads, sparse_distillation
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, Trainer
 
+from slimmoe.distillation.logit_cache import INDEX, TeacherLogitCache
 from slimmoe.distillation.rows import IGNORED, documents, labels_of, targets
 from slimmoe.distillation.schedules import cosine, linear
 from slimmoe.distillation.teacher import Teacher, check_head
@@ -23,6 +24,7 @@ from slimmoe.mtp.modeling_mtp import MTPHead
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping
 
+    from shared_kernels.ops.distill.api import Distillation
     from torch import Tensor
 
     from slimmoe.distillation.arguments import DistillationArguments
@@ -42,7 +44,8 @@ class DistillationTrainer(Trainer):
     Args:
         model: The student: a folder, a name on the Hub, or a model of transformers. Modules of MTP
             of a folder are trained with it.
-        teacher_model: A folder or a name, a model, or a `Teacher`.
+        teacher_model: A folder or a name, a model, a `Teacher`, or a `TeacherLogitCache` whose
+            ``attach`` has made the dataset.
         args: Options.
         mtp: Modules of a model that is in memory.
         options: Of ``Trainer``.
@@ -68,7 +71,13 @@ class DistillationTrainer(Trainer):
                 mtp = MTPHead.from_pretrained(folder, model)
         check_head(model, "model")
         teacher = teacher_model
-        if not isinstance(teacher, Teacher):
+        if isinstance(teacher, TeacherLogitCache):
+            if teacher.temperature != args.temperature:
+                remedy = "its law was written down at another"
+                raise ValueError(
+                    message("temperature", teacher.temperature, args.temperature, remedy)
+                )
+        elif not isinstance(teacher, Teacher):
             loads = isinstance(teacher, str | Path)
             teacher = Teacher.from_pretrained(teacher) if loads else Teacher(teacher)
         super().__init__(model, args, **options)
@@ -76,7 +85,7 @@ class DistillationTrainer(Trainer):
             raise ValueError("args: weights that are sharded over processes are not supported")
         if mtp is not None:
             self._student.add_module(_NAME, mtp.to(self.args.device))
-        self.teacher = teacher.to(self.args.device)
+        self.teacher = teacher.to(self.args.device) if isinstance(teacher, Teacher) else teacher
         # losses are sums over what `num_items_in_batch` counts
         self.model_accepts_loss_kwargs = True
         self._seen: dict[str, list[Tensor]] = {}
@@ -151,7 +160,7 @@ class DistillationTrainer(Trainer):
         """Return the loss of a batch; see ``Trainer.compute_loss``."""
         args: Any = self.args
         student: Any = self.accelerator.unwrap_model(model)
-        known = {key: value for key, value in inputs.items() if key != "labels"}
+        known = {key: value for key, value in inputs.items() if key not in ("labels", INDEX)}
         with _last_hidden(student) as seen:
             outputs = model(**known, use_cache=False, logits_to_keep=1)
         hidden, head = [seen[0]], self.mtp
@@ -159,38 +168,78 @@ class DistillationTrainer(Trainer):
         if head is not None and mtp_weight:
             mask = known.get("attention_mask")
             hidden += head(seen[0], known["input_ids"], mask, known.get("position_ids"))
-        teacher = self.teacher(known)
         pairs = [self._targets(inputs, depth) for depth in range(len(hidden))]
-        found = fused_linear_distillation_heads(
-            [states.flatten(0, 1) for states in hidden],
-            student.get_output_embeddings().weight,
-            teacher.flatten(0, 1),
-            self.teacher.weight,
-            [labels for labels, _ in pairs],
-            rows=[rows for _, rows in pairs],
-            kd_weight=kd_weight,
-            head_weights=[1.0, *[mtp_weight] * (len(hidden) - 1)],
-            temperature=args.temperature,
-            num_items=num_items_in_batch,
-        )
-        loss = found.loss
+        common: dict[str, Any] = {
+            "temperature": args.temperature, "num_items": num_items_in_batch,
+            "kd_weight": kd_weight,
+        }  # fmt: skip
+        head_weights = [1.0, *[mtp_weight] * (len(hidden) - 1)]
+        states = [given.flatten(0, 1) for given in hidden]
+        weight = student.get_output_embeddings().weight
+        if isinstance(self.teacher, TeacherLogitCache):
+            size = known["input_ids"].shape[1]
+            said = self._said(inputs, size, weight.device)
+            heads = [
+                self._sparse(given, weight, said, labels, rows, common)
+                for given, (labels, rows) in zip(states, pairs, strict=True)
+            ]
+            terms = [share * head.loss for share, head in zip(head_weights, heads, strict=True)]
+            loss = torch.stack(terms).sum()
+        else:
+            found = fused_linear_distillation_heads(
+                states, weight, self.teacher(known).flatten(0, 1), self.teacher.weight,
+                [labels for labels, _ in pairs], rows=[rows for _, rows in pairs],
+                head_weights=head_weights, **common,
+            )  # fmt: skip
+            loss, heads = found.loss, found.heads
         if not torch.isfinite(loss.detach()):
             raise FloatingPointError(
                 f"loss: {float(loss.detach())} at step {self.state.global_step}; look for a rate "
                 "of learning that is too high, or for data or weights that are not finite"
             )
         if model.training:
-            self._note(found.heads, num_items_in_batch)
+            self._note(heads, num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # what processes have is averaged afterwards
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
+    def _said(
+        self, inputs: Mapping[str, Any], size: int, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        assert isinstance(self.teacher, TeacherLogitCache)
+        if INDEX not in inputs:
+            remedy = "cache.attach(dataset) gives them"
+            raise ValueError(message("train_dataset", "rows of the cache", sorted(inputs), remedy))
+        return self.teacher.rows(inputs[INDEX], size, device)
+
+    def _sparse(
+        self, states: Tensor, weight: Tensor, said: tuple[Tensor, Tensor], labels: Tensor,
+        rows: Tensor, common: Mapping[str, Any],
+    ) -> Distillation:  # fmt: skip
+        """Return the loss of a head whose teacher is on disk."""
+        assert isinstance(self.teacher, TeacherLogitCache)
+        # rows without a teacher's have no label either
+        tokens, numbers = (part[rows.clamp(min=0)] for part in said)
+        sampled = self.teacher.sampled
+        return sparse_distillation(
+            states, weight, tokens, None if sampled else numbers, labels,
+            weights=numbers if sampled else None, **common,
+        )  # fmt: skip
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns: Any = self._signature_columns
+        if INDEX not in columns:
+            columns.append(INDEX)
+
     def _note(self, heads: Any, num_items: Any) -> None:
         steps = 1 if num_items is not None else self.args.gradient_accumulation_steps
         for depth, head in enumerate(heads):
             before = f"mtp{depth}_" if depth else ""
-            for name in ("lm", "kl", "entropy", "agreement"):
+            # of drawn tokens only the cross entropy is known
+            terms = ("kl", "entropy", "agreement") if head.kl is not None else ("cross_entropy",)
+            for name in ("lm", *terms):
                 value = getattr(head, name).detach() / steps
                 self._seen.setdefault(before + name, []).append(value)
 
