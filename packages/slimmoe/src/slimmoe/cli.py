@@ -6,6 +6,8 @@ Exit status: 0 done, 1 the work failed, 2 bad input. No command loads torch befo
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path  # noqa: TC003 - cyclopts reads it
 from typing import Annotated, Any, Literal
@@ -336,8 +338,10 @@ def distill(
     dataset: Any = rows if cache is None else known.attach(rows)
     trainer = DistillationTrainer(fetched(student), known, args, train_dataset=dataset)
     last = get_last_checkpoint(str(out)) if out.is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
-    trainer.save_model(str(out / "final"))
+    with redirect_stdout(sys.stderr):
+        # Trainer prints its log; results alone are for stdout
+        trainer.train(resume_from_checkpoint=last)
+        trainer.save_model(str(out / "final"))
     told = next((t for t in reversed(trainer.state.log_history) if "kl" in t), {})
     told = {name: value for name, value in told.items() if isinstance(value, int | float)}
     if json_output:
