@@ -101,6 +101,42 @@ def test_experts_and_layers():
     assert not torch.equal(moments, torch.zeros_like(moments))
 
 
+@torch.no_grad()
+def test_moments_are_in_the_order_of_aligned_neurons():
+    """Where an expert is another with shuffled neurons, so are its moments."""
+    before = model("qwen3_moe")
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(1))
+    optimizer = optimizer_of(before, "adamw")
+    draws, moments = torch.Generator().manual_seed(2), {}
+    for name, p in before.named_parameters():
+        moments[name] = torch.randn(p.shape, generator=draws)
+        for tensor in (p, moments[name]):
+            if name.endswith("experts.gate_up_proj"):
+                tensor[1] = tensor[0][torch.cat([order, order + 24])]
+            elif name.endswith("experts.down_proj"):
+                tensor[1] = tensor[0][:, order]
+        if "experts" in name:
+            # moments alone would give another order
+            moments[name][1] *= -1
+        optimizer.state[p] = {"exp_avg": moments[name], "step": torch.tensor(1.0)}
+    found = made.statistics(before)
+    for place in found.experts.values():
+        place.output_sum[1], place.count[:] = place.output_sum[0], 10
+        place.weighted_norm_sum[:] = 100.0
+        place.weighted_norm_sum[1] = 50.0
+    options = CompressionConfig(num_experts=7, expert_method="merge", alignment="hungarian")
+    decided = plan(before, found, options)
+    assert all(e.members[0] == [0, 1] for e in decided.experts.values())
+    after = compress_model(before, decided)
+    state = slice_optimizer_state(optimizer, before, after, decided)
+    for layer in range(4):
+        for part in ("gate_up_proj", "down_proj"):
+            name = f"model.layers.{layer}.mlp.experts.{part}"
+            # two thirds of it, less one third of the same
+            wanted = moments[name][0] / 3
+            torch.testing.assert_close(state[name]["exp_avg"][0], wanted, rtol=1e-5, atol=1e-6)
+
+
 def test_norms_that_are_scaled_have_smaller_gradients():
     before = model("qwen3_next")
     optimizer = optimizer_of(before, "adamw")

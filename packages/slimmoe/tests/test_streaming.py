@@ -207,6 +207,31 @@ def test_another_plan_does_not_go_on(begun, tmp_path, monkeypatch):
     assert files(tmp_path / "after") == files(whole)
 
 
+def test_another_source_does_not_go_on(begun, tmp_path, monkeypatch):
+    folder, decided, _ = begun
+    stops(monkeypatch, 2)
+    options = {"max_shard_bytes": 20_000, "progress": False}
+    with pytest.raises(KeyboardInterrupt):
+        write(folder, tmp_path / "after", decided, **options)
+    monkeypatch.undo()
+    # other weights in the same place
+    file = folder / "model.safetensors"
+    state = load_file(file)
+    state["lm_head.weight"] += 1
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(ResumeError, match="a source whose files were others"):
+        write(folder, tmp_path / "after", decided, **options)
+
+
+def test_what_was_compressed_is_compressed_again(begun, tmp_path):
+    _, _, whole = begun
+    decided = plan(whole, None, CompressionConfig(num_layers=2))
+    write(whole, tmp_path / "again", decided, progress=False)
+    told = json.loads((tmp_path / "again" / "slimmoe.json").read_text())
+    assert told["plan_sha256"] == decided.hash
+    assert "source" not in told
+
+
 def test_the_manifest_tells_what_was_done(begun):
     _, decided, whole = begun
     told = json.loads((whole / "slimmoe.json").read_text())

@@ -73,6 +73,8 @@ def slice_optimizer_state(
         known = f"only {[*_MOMENTS, 'step']}"
         raise ValueError(message("optimizer", known, unknown, "see slice_optimizer_state"))
     made: dict[str, dict[str, Any]] = {}
+    # neurons are in the order that their weights, not their moments, were put into
+    aligned = Rewriter(Source(model), plan)
     for kind, power in _MOMENTS.items():
         tensors = {name: s[kind] for name, s in state.items() if s.get(kind) is not None}
         if not tensors:
@@ -80,7 +82,7 @@ def slice_optimizer_state(
         source = Source(model)
         source.weights = _Moments(tensors)
         source.matches = {name: source.matches[name] for name in tensors}
-        for out in Rewriter(source, plan, moment=power).outputs():
+        for out in Rewriter(source, plan, power, aligned).outputs():
             # averages and slices of those that share storage with the old state
             made.setdefault(out.name, {})[kind] = out.make().clone()
     steps = {s["step"] for s in state.values() if isinstance(s.get("step"), int | float)}

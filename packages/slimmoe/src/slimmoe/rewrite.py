@@ -67,18 +67,25 @@ class Rewriter:
         source: Of the weights that go in.
         plan: Of what becomes of them.
         moment: Where the weights are moments of gradients, their power.
+        aligned: Then, of the weights themselves, by which neurons are ordered.
 
     Raises:
         ValueError: The plan is of another model.
     """
 
-    def __init__(self, source: Source, plan: CompressionPlan, moment: int = 0) -> None:
+    def __init__(
+        self,
+        source: Source,
+        plan: CompressionPlan,
+        moment: int = 0,
+        aligned: Rewriter | None = None,
+    ) -> None:
         fields = (source.config.keys() | plan.source.keys()) - _NO_SIZES
         differ = sorted(key for key in fields if source.config.get(key) != plan.source.get(key))
         if differ:
             raise ValueError(message("plan", "one of this model", differ, "these fields differ"))
         self.source, self.plan, self.family = source, plan, source.family
-        self.moment = moment
+        self.moment, self.aligned = moment, aligned
         self._new = {layer: place for place, layer in enumerate(plan.layers)}
         self._channels = None if plan.channels is None else torch.tensor(plan.channels)
         self._orders: dict[tuple[int, int], Tensor] = {}
@@ -224,6 +231,8 @@ class Rewriter:
 
     def _order(self, place: int, base: int, member: int) -> Tensor:
         """Return the order of an expert's neurons that is most like the base's."""
+        if self.aligned is not None:
+            return self.aligned._order(place, base, member)
         if self._ordered != place:
             # each layer's are asked for one after the other
             self._orders.clear()

@@ -67,7 +67,7 @@ def write(
 
     Raises:
         FileExistsError: The target is there.
-        ResumeError: What was begun has another plan or other shards.
+        ResumeError: What was begun has another plan, other shards, or another source.
         OSError: The disk has too little room; nothing was written.
     """
     source = source if isinstance(source, Source) else Source(source)
@@ -80,7 +80,7 @@ def write(
         raise FileExistsError(f"{target} exists and is not empty; choose another folder")
     shards = _shards(list(Rewriter(source, plan).outputs()), max_shard_bytes)
     begun = target.parent / f".{target.name}.slimmoe"
-    manifest = _begin(begun, plan, shards, resume)
+    manifest = _begin(begun, plan, shards, _state(source.path), resume)
     _room(target.parent, shards, manifest)
     total = sum(_bytes(out) for outputs in shards.values() for out in outputs)
     with tqdm(total=total, unit="B", unit_scale=True, desc="compress", disable=not progress) as bar:
@@ -90,10 +90,12 @@ def write(
                 write_text(begun / MANIFEST, json.dumps(manifest, indent=1) + "\n")
             else:
                 bar.update(sum(map(_bytes, outputs)))
-    copy_side_files(source.path, begun)
+    # a source that was compressed itself has another manifest
+    copy_side_files(source.path, begun, skip=[MANIFEST])
     source.config_class.from_dict(plan.config).save_pretrained(begun)
     write_index(begun, {name: [_info(out) for out in outputs] for name, outputs in shards.items()})
     manifest["files"] = {name: manifest["files"][name] for name in shards}
+    del manifest["source"]
     write_text(begun / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     if target.exists():
         target.rmdir()
@@ -128,20 +130,33 @@ def _shards(outputs: list[Output], most: int) -> dict[str, list[Output]]:
     return {f"model-{i + 1:05d}-of-{count:05d}.safetensors": p for i, p in enumerate(parts)}
 
 
+def _state(folder: Path) -> dict[str, list[int]]:
+    """Return size and time of change of each file of weights."""
+    files = sorted(folder.glob("*.safetensors"))
+    return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+
+
 def _begin(
-    folder: Path, plan: CompressionPlan, shards: dict[str, list[Output]], resume: bool
+    folder: Path,
+    plan: CompressionPlan,
+    shards: dict[str, list[Output]],
+    source: dict[str, list[int]],
+    resume: bool,
 ) -> dict[str, Any]:
     """Return what is whole already, of the same plan and shards."""
     manifest: dict[str, Any] = {
         "version": __version__, "plan_sha256": plan.hash, "plan": json.loads(plan.to_json()),
         "shards": {name: [out.name for out in outputs] for name, outputs in shards.items()},
-        "files": {},
+        "source": source, "files": {},
     }  # fmt: skip
     if not resume:
         shutil.rmtree(folder, ignore_errors=True)
     if (folder / MANIFEST).is_file():
         found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        for key, other in (("plan_sha256", "another plan"), ("shards", "other shards")):
+        for key, other in (
+            ("plan_sha256", "another plan"), ("shards", "other shards"),
+            ("source", "a source whose files were others"),
+        ):  # fmt: skip
             if found.get(key) != manifest[key]:
                 raise ResumeError(
                     f"{folder} was begun with {other}; remove it, or give resume=False"

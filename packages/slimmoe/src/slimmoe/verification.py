@@ -74,8 +74,8 @@ def _wanted(made: Source) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     state = model.state_dict()
-    fused = any(match.expert is not None for match in made.matches.values())
-    if fused:
+    apart = any(match.expert is not None for match in made.matches.values())
+    if apart:
         state = revert_weight_conversion(model, state)
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     assert isinstance(made.weights, FolderWeights)

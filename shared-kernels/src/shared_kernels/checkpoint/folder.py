@@ -204,9 +204,17 @@ def replacing_folder(path: str | os.PathLike[str]) -> Generator[Path]:
         raise
 
 
-def copy_side_files(source: Path, target: Path) -> None:
-    """Copy config, tokenizer and other files that are not weights, following links."""
+def copy_side_files(source: Path, target: Path, *, skip: Iterable[str] = ()) -> None:
+    """Copy config, tokenizer and other files that are not weights, following links.
+
+    Args:
+        source: From there.
+        target: To there.
+        skip: Names of files that are left out.
+    """
     for file in sorted(source.iterdir()):
+        if file.name in skip:
+            continue
         if file.is_file() and file.suffix not in _WEIGHT_SUFFIXES and file.name != INDEX_NAME:
             shutil.copyfile(file, target / file.name)
 

@@ -113,6 +113,7 @@ class TeacherLogitCache:
         lengths = [len(row["input_ids"]) for row in data]
         at = [0, *torch.tensor(lengths).cumsum(0).tolist()]
         device = teacher.weight.device
+        head = teacher.weight.float().T
         draws = torch.Generator(device).manual_seed(seed)
 
         def said() -> Iterator[tuple[Tensor, Tensor]]:
@@ -121,7 +122,7 @@ class TeacherLogitCache:
                 hidden = teacher({"input_ids": ids})[0]
                 parts = []
                 for some in hidden.split(_ROWS):
-                    logits = some.float() @ teacher.weight.float().T
+                    logits = some.float() @ head
                     if sampled:
                         drawn = sample_teacher(logits, tokens, draws, temperature=temperature)
                         parts.append((drawn.indices, drawn.weights))
