@@ -12,7 +12,7 @@ from shared_kernels.errors import KernelUnavailableError
 from shared_kernels.ops.distill import chunks
 
 #: Columns of a row that a program takes at a time, and its warps.
-BLOCK: Final = 2048
+BLOCK: Final = 1024
 SMALL_BLOCK: Final = 128
 WARPS: Final = 8
 #: Tokens of a sparse teacher that a program can hold.

@@ -142,8 +142,9 @@ class WithGradients(autograd.Function):
         factor, *known = ctx.saved_tensors
         scale = factor * grads[0]
         wanted = ctx.needs_input_grad[2 : 2 + len(known)]
+        # rounded as it is written, without a copy in between
         found = [
-            (gradient * scale).to(dtype) if need else None
+            torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype)) if need else None
             for gradient, dtype, need in zip(known, ctx.dtypes, wanted, strict=True)
         ]
         return None, None, *found, *[None] * len(known)

@@ -51,31 +51,45 @@ def distillation_kernel(
     teacher_total = tl.zeros((BLOCK,), tl.float32)
     moment = tl.zeros((BLOCK,), tl.float32)
     gap = tl.zeros((BLOCK,), tl.float32)
-    peak = tl.full((), float("-inf"), tl.float32)
-    teacher_peak = tl.full((), float("-inf"), tl.float32)
+    high = tl.full((BLOCK,), float("-inf"), tl.float32)
     for low in range(0, width, BLOCK):
         column = low + lane
         mask = column < width
         s = tl.load(student_ptr + column, mask=mask, other=float("-inf"))
         t = tl.load(teacher_ptr + column, mask=mask, other=float("-inf"))
-        higher = tl.maximum(peak, tl.max(s, 0))
+        # no lane waits for another: each has a peak of its own
+        higher = tl.maximum(high, s)
         safe = tl.where(higher == float("-inf"), 0.0, higher)
-        total = total * tl.exp2((peak - safe) * (inverse * _LOG2E))
+        total = total * tl.exp2((high - safe) * (inverse * _LOG2E))
         total += tl.exp2((s - safe) * (inverse * _LOG2E))
         if TEMPERED:
-            plain = plain * tl.exp2((peak - safe) * _LOG2E) + tl.exp2((s - safe) * _LOG2E)
-        peak = higher
+            plain = plain * tl.exp2((high - safe) * _LOG2E) + tl.exp2((s - safe) * _LOG2E)
+        high = higher
+        higher = tl.maximum(best, t)
         place = tl.where(t > best, column, place)
-        best = tl.maximum(best, t)
-        higher = tl.maximum(teacher_peak, tl.max(t, 0))
         safe = tl.where(higher == float("-inf"), 0.0, higher)
-        shrink = tl.exp2((teacher_peak - safe) * (inverse * _LOG2E))
-        shift = tl.where(teacher_peak == float("-inf"), 0.0, teacher_peak - safe)
+        shrink = tl.exp2((best - safe) * (inverse * _LOG2E))
+        shift = tl.where(best == float("-inf"), 0.0, best - safe)
         q = tl.exp2((t - safe) * (inverse * _LOG2E))
         moment = (moment + shift * teacher_total) * shrink + tl.where(mask, q * (t - safe), 0.0)
         gap = gap * shrink + tl.where(mask, q * (t - s), 0.0)
         teacher_total = teacher_total * shrink + q
-        teacher_peak = higher
+        best = higher
+    # from the lanes' peaks to those of the row
+    peak = tl.max(high, 0)
+    safe = tl.where(peak == float("-inf"), 0.0, peak)
+    drop = tl.where(high == float("-inf"), float("-inf"), high - safe)
+    total *= tl.exp2(drop * (inverse * _LOG2E))
+    if TEMPERED:
+        plain *= tl.exp2(drop * _LOG2E)
+    teacher_peak = tl.max(best, 0)
+    safe = tl.where(teacher_peak == float("-inf"), 0.0, teacher_peak)
+    drop = tl.where(best == float("-inf"), float("-inf"), best - safe)
+    shrink = tl.exp2(drop * (inverse * _LOG2E))
+    shift = tl.where(best == float("-inf"), 0.0, drop)
+    moment = (moment + shift * teacher_total) * shrink
+    gap *= shrink
+    teacher_total *= shrink
     p_sum = tl.sum(total, 0)
     q_sum = tl.sum(teacher_total, 0)
     plain_sum = p_sum
