@@ -271,6 +271,25 @@ def test_acceptance():
         acceptance_rate(found, head, [], depth=2)
 
 
+@torch.no_grad()
+def test_answers_that_end_at_different_places():
+    """Together and one after the other: what is behind an answer's end does not count."""
+    found, head = head_of("deepseek_v3")
+    prompts = list(tokens(found, 6, 6)) + list(tokens(found, 2, 4))
+    answers = [found.generate(p[None], max_new_tokens=12, do_sample=False)[0] for p in prompts]
+    # a token that ends one answer early
+    end = int(answers[0][len(prompts[0]) + 5])
+    found.generation_config.eos_token_id = end
+    found.generation_config.pad_token_id = 0
+    lengths = {len(found.generate(p[None], max_new_tokens=12, do_sample=False)[0]) - len(p)
+               for p in prompts}  # fmt: skip
+    assert len(lengths) > 1
+    told = [acceptance_rate(found, head, prompts, depth=2, new_tokens=12, batch=size)
+            for size in (1, 3, 16)]  # fmt: skip
+    assert told[0].positions == told[1].positions == told[2].positions
+    assert told[0].rates == told[1].rates == told[2].rates
+
+
 def test_a_head_that_drafts_what_the_model_says():
     """All is right where a constant model says one token, and the head the same."""
     found, head = head_of("deepseek_v3")

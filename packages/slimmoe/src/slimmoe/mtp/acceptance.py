@@ -40,6 +40,7 @@ def acceptance_rate(
     *,
     depth: int = 4,
     new_tokens: int = 64,
+    batch: int = 16,
 ) -> Acceptance:
     """Draft from every position of greedy answers, and compare.
 
@@ -54,31 +55,52 @@ def acceptance_rate(
         prompts: Token ids ``(T,)`` each.
         depth: Drafts of a position.
         new_tokens: Of an answer at most.
+        batch: Prompts of one length that are answered at a time.
 
     Raises:
         ValueError: No prompts, or answers that are shorter than drafts.
     """
     check_range("depth", depth, 1, 1 << 10, "how many tokens are drafted")
     check_range("new_tokens", new_tokens, depth + 1, 1 << 20, "longer than drafts")
+    check_range("batch", batch, 1, 1 << 20, "prompts at a time")
     right = torch.zeros(depth, dtype=torch.int64)
     positions = 0
+    by_length: dict[int, list[Tensor]] = {}
     for prompt in prompts:
-        ids = prompt.to(model.device)[None]
+        by_length.setdefault(len(prompt), []).append(prompt)
+    groups = [some[at : at + batch] for some in by_length.values()
+              for at in range(0, len(some), batch)]  # fmt: skip
+    for group in groups:
+        ids = torch.stack(group).to(model.device)
         answer = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False,
         )  # fmt: skip
         begin, end = ids.shape[1] - 1, answer.shape[1] - 1 - depth
         if end <= begin:
             continue
-        drafted = drafts(model, head, answer, depth)[0, :, begin:end]
-        wanted = torch.stack([answer[0, begin + 2 + d : end + 2 + d] for d in range(depth)])
-        right += (drafted == wanted).cummin(0).values.sum(-1).cpu()
-        positions += end - begin
+        drafted = drafts(model, head, answer, depth)[..., begin:end]
+        wanted = torch.stack([answer[:, begin + 2 + d : end + 2 + d] for d in range(depth)], 1)
+        # what is behind the end of an answer is padding
+        last = _ends(answer, ids.shape[1], model.generation_config.eos_token_id)
+        within = torch.arange(begin + 1 + depth, end + 1 + depth, device=ids.device) <= last[:, None]
+        found = (drafted == wanted).cummin(1).values & within[:, None]
+        right += found.sum((0, 2)).cpu()
+        positions += int(within.sum())
     if not positions:
         remedy = "give prompts whose answers are longer than drafts"
         raise ValueError(message("prompts", "answers to draft in", len(prompts), remedy))
     rates = (right.double() / positions).tolist()
     return Acceptance(tuple(rates), 1 + sum(rates), positions)
+
+
+def _ends(answer: Tensor, begin: int, ends: Any) -> Tensor:
+    """Return the place of each answer's last token ``(B,)``: the first that ends it, or the last."""
+    known = [] if ends is None else torch.as_tensor(ends).flatten().tolist()
+    over = torch.zeros_like(answer[:, begin:], dtype=torch.bool)
+    for end in known:
+        over |= answer[:, begin:] == end
+    first = over.int().argmax(1) + begin
+    return torch.where(over.any(1), first, answer.shape[1] - 1)
 
 
 @torch.no_grad()
