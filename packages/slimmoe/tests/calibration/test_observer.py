@@ -1,6 +1,11 @@
 """Statistics against brute force, and what must not change them."""
 
+import copy
+import importlib.util
+import os
+import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -11,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import moe_families
 from calibration_oracle import assert_same, brute_force, exact_model
 from moe_families import FAMILIES
-from slimmoe.calibration import calibrate, observer
-from slimmoe.calibration.observer import Anatomy, segment_sum
+from slimmoe.calibration import calibrate
+from slimmoe.calibration.observer import Anatomy, Observer
 
 #: These compute their routers' logits in float32 whatever the model's dtype, and products of other
 #: shapes round otherwise.
@@ -182,21 +187,106 @@ def test_experts_that_run_past_the_registry_are_an_error():
         run(model, moe_families.tokens(model))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_segment_sum(dtype, monkeypatch):
-    lengths = torch.tensor([3, 0, 5, 0, 1])
-    x = torch.randn(9, 4).to(dtype)
-    wanted = torch.stack([part.double().sum(0) for part in x.split(lengths.tolist())])
-    assert torch.equal(segment_sum(x, lengths), wanted)
-    absolute = segment_sum(x.abs(), lengths)
-    assert torch.equal(segment_sum(x, lengths, absolute=True), absolute)
-    # the form for GPUs, also with columns of one at a time
-    for width in (observer._COPY_BYTES, 8 * 9):
-        monkeypatch.setattr(observer, "_COPY_BYTES", width)
-        for is_absolute, expected in ((False, wanted), (True, absolute)):
-            out = torch.zeros(5, 4, dtype=torch.float64)
-            other = observer._segment_sum_at_once(x, lengths, out, is_absolute)
-            torch.testing.assert_close(other, expected, rtol=1e-14, atol=1e-14)
+INTERPRETED = """
+import sys
+sys.path[:0] = sys.argv[1:]
+import moe_families, torch
+from calibration_oracle import assert_same
+from shared_kernels._library import force_impl
+from slimmoe.calibration import calibrate
+
+for family, dtype in (("qwen3_moe", torch.float64), ("gpt_oss", torch.bfloat16)):
+    model = moe_families.model(family, dtype=dtype, num_hidden_layers=2)
+    ids = moe_families.tokens(model, 3, 7)
+    mask = torch.arange(21).view(3, 7) % 4 > 0
+    for data in (ids, [{"input_ids": ids, "mask": mask}]):
+        found = []
+        for impl in ("triton", "reference"):
+            with force_impl(impl):
+                found.append(calibrate(model, data, progress=False))
+        assert_same(*found, rtol=1e-12 if dtype == torch.float64 else 1e-6)
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+def test_the_kernels_measure_the_same():
+    folders = [Path(__file__).parent, Path(__file__).parents[1]]
+    env = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED, *folders], env=env, capture_output=True, text=True,
+        timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def on_a_gpu(family="qwen3_moe", **changes):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    # wide enough for the alignment that grouped products ask for
+    changes = {"hidden_size": 64, "moe_intermediate_size": 32} | changes
+    model = moe_families.model(family, **changes)
+    model.set_experts_implementation("eager")
+    return model, copy.deepcopy(model).cuda()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_gpu_measures_what_a_cpu_does(family):
+    model, other = on_a_gpu(family, dtype=torch.float64)
+    ids = moe_families.tokens(model, 6, 17)
+    mask = torch.arange(102).view(6, 17) % 5 > 0
+    for data in (ids, [{"input_ids": ids, "mask": mask}]):
+        wanted, found = run(model, data), run(other, data)
+        # norms are computed in float32 whatever the model's dtype
+        assert_same(found, wanted, rtol=1e-4)
+        assert_same(run(other, data), found)
+
+
+def waits(call):
+    """How often a call waits for the device, and what it returns."""
+    call()
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            found = call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing" in str(warning.message) for warning in seen), found
+
+
+@pytest.mark.gpu
+def test_hooks_wait_for_nothing():
+    _, model = on_a_gpu(dtype=torch.bfloat16)
+    model.set_experts_implementation("grouped_mm")
+    ids = moe_families.tokens(model, 6, 17).cuda()
+    keep = (torch.arange(102).view(6, 17) % 5 > 0).cuda()
+    watched = Observer(Anatomy(model))
+
+    @torch.no_grad()
+    def forward():
+        return model.model(ids, use_cache=False).last_hidden_state
+
+    least, wanted = waits(forward)
+    for counted in (None, keep):
+        watched.expect(102 if counted is None else int(keep.sum()), counted)
+        with watched.watching(range(4), start=True, end=True):
+            count, found = waits(forward)
+        assert count <= least
+        assert torch.equal(found, wanted)
+    # each ran twice, and a token has two experts
+    statistics = watched.statistics()
+    assert statistics["experts"][0].count.sum() == 2 * 2 * (102 + int(keep.sum()))
+
+
+def test_sums_hold_no_memory_of_others():
+    model = exact_model("qwen3_moe")
+    found = run(model, moe_families.tokens(model, 3, 12))
+    for _, part in found.parts():
+        for tensor in part.tensors().values():
+            assert tensor.is_contiguous()
+            assert tensor.device.type == "cpu"
 
 
 def test_a_model_without_experts():

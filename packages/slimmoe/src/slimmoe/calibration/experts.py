@@ -25,16 +25,16 @@ class Assignments(NamedTuple):
     """What the S assignments of one call computed, sorted by expert.
 
     Attributes:
-        expert: ``[S]`` int64.
+        count: ``[E]`` int64, how many are each expert's.
         token: ``[S]`` int64, row of the experts module's input.
-        slot: ``[S]`` int64, which of the token's k experts it is.
+        place: ``[S]`` int64, where the assignment is in the flattened weights ``[T, k]``.
         activation: ``[S, I]`` What the down projection is applied to.
         output: ``[S, H]`` Before weighting.
     """
 
-    expert: Tensor
+    count: Tensor
     token: Tensor
-    slot: Tensor
+    place: Tensor
     activation: Tensor
     output: Tensor
 
@@ -94,25 +94,36 @@ def _observed_experts(
 
 def _eager(self: Any, x: Tensor, index: Tensor, weights: Tensor) -> tuple[Tensor, Assignments]:
     """One expert after the other; its rows are ordered by slot, then by token."""
-    tokens = len(x)
+    tokens, k = index.shape
     expert, order = torch.sort(index.t().reshape(-1), stable=True)
     slot, token = order // tokens, order % tokens
-    counts = torch.bincount(expert, minlength=self.num_experts).tolist()
+    count = _bounds(expert, self.num_experts).diff()
     result = torch.zeros_like(x)
     activations, outputs = [], []
     at = 0
-    for e, count in enumerate(counts):
-        if not count:
+    for e, size in enumerate(count.tolist()):
+        if not size:
             continue
-        rows = slice(at, at + count)
-        at += count
+        rows = slice(at, at + size)
+        at += size
         activation = self._apply_gate(_linear(self, "gate_up_proj", e, x[token[rows]]))
         output = _linear(self, "down_proj", e, activation)
         weighted = output * weights[token[rows], slot[rows], None]
         result.index_add_(0, token[rows], weighted.to(result.dtype))
         activations.append(activation)
         outputs.append(output)
-    return result, Assignments(expert, token, slot, torch.cat(activations), torch.cat(outputs))
+    place = token * k + slot
+    return result, Assignments(count, token, place, torch.cat(activations), torch.cat(outputs))
+
+
+def _bounds(expert: Tensor, experts: int) -> Tensor:
+    """Where the assignments of each expert begin, among sorted ones, and the end: ``[E + 1]``.
+
+    A bincount says as much, but waits for the device.
+    """
+    return torch.searchsorted(
+        expert, torch.arange(experts + 1, dtype=expert.dtype, device=expert.device)
+    )
 
 
 def _linear(self: Any, name: str, expert: int, x: Tensor) -> Tensor:
@@ -125,8 +136,8 @@ def _grouped(self: Any, x: Tensor, index: Tensor, weights: Tensor) -> tuple[Tens
     """One grouped product over rows that are sorted by expert."""
     tokens, k = index.shape
     expert, order = torch.sort(index.reshape(-1))
-    ends = torch.bincount(expert, minlength=self.num_experts).cumsum(0).to(torch.int32)
-    slot, token = order % k, order // k
+    bounds = _bounds(expert, self.num_experts)
+    ends, token = bounds[1:].to(torch.int32), order // k
 
     def linear(name: str, x: Tensor) -> Tensor:
         weight = getattr(self, name)
@@ -140,7 +151,7 @@ def _grouped(self: Any, x: Tensor, index: Tensor, weights: Tensor) -> tuple[Tens
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
     result = weighted[back].view(tokens, k, -1).sum(1).to(x.dtype)
-    return result, Assignments(expert, token, slot, activation, output)
+    return result, Assignments(bounds.diff(), token, order, activation, output)
 
 
 def _batched(self: Any, x: Tensor, index: Tensor, weights: Tensor) -> tuple[Tensor, Assignments]:
@@ -161,4 +172,5 @@ def _batched(self: Any, x: Tensor, index: Tensor, weights: Tensor) -> tuple[Tens
     weighted = output * weights.reshape(-1, 1)
     result = weighted.view(tokens, k, -1).sum(1).to(x.dtype)
     expert, order = torch.sort(expert, stable=True)
-    return result, Assignments(expert, order // k, order % k, activation[order], output[order])
+    count = _bounds(expert, self.num_experts).diff()
+    return result, Assignments(count, order // k, order, activation[order], output[order])

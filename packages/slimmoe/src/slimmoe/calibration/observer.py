@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from shared_kernels.ops.segments import AssignmentSums, assignment_sums, norm_sums, segment_sums
 from torch import Tensor, nn
 
 from slimmoe.calibration.experts import recording
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
     from slimmoe.calibration.experts import Assignments
     from slimmoe.mtp import MTPHead
 
-# Bytes of the float64 copies that are made at a time on a GPU.
-_COPY_BYTES = 256 << 20
+# Statistics of the columns that `assignment_sums` makes, in its order.
+_COLUMNS = ("count", "weight_sum", "share_sum", "norm_sum", "weighted_norm_sum", "norm_max")
 
 
 class Routed(NamedTuple):
@@ -135,14 +136,17 @@ class Observer:
     """Accumulates statistics of the layers that are being watched.
 
     Sums over tokens are taken in float64, whatever the model computes in; what is summed (a norm,
-    a square) is computed in float32, or in float64 where the model is. Nothing is kept per token.
+    a square) is computed in float32, or in float64 where the model is. Nothing is kept per token,
+    and no hook waits for a GPU.
     """
 
     def __init__(self, anatomy: Anatomy) -> None:
         self._anatomy = anatomy
         self._counted: Tensor | None = None
         self._tokens = 0
-        self._rows: dict[torch.device, Tensor] = {}
+        self._masks: dict[torch.device, Tensor] = {}
+        # by layer; the statistics of experts are views of these
+        self._assigned: dict[int, AssignmentSums] = {}
         # by layer (-1: what is after the layers), then by name of the part
         self._sums: dict[int, dict[str, dict[str, Any]]] = {}
 
@@ -150,7 +154,7 @@ class Observer:
         """Say how many, and which ``[B, T]``, tokens of the coming batch count; None if all do."""
         self._counted = counted
         self._tokens = tokens
-        self._rows = {}
+        self._masks = {}
 
     @contextmanager
     def watching(self, layers: Iterable[int], *, start: bool, end: bool) -> Generator[None]:
@@ -176,7 +180,7 @@ class Observer:
                     hook(layer.register_forward_hook(partial(self._layer_hook, index)))
                 if index in anatomy.routed:
                     experts, router = anatomy.routed[index]
-                    recorders[experts] = partial(self._experts_hook, index, experts.num_experts)
+                    recorders[experts] = partial(self._experts_hook, index)
                     hook(router.register_forward_hook(partial(self._router_hook, index)))
             if start:
                 first = anatomy.layers[0]
@@ -205,17 +209,16 @@ class Observer:
                 place = self._anatomy.name(layer, part)
                 for field, value in fields.items():
                     if field != "tokens" and (everything or (field == "output_sum" and not part)):
-                        flag = value.isfinite().all()
-                        by_device.setdefault(value.device, []).append((f"{place}: {field}", flag))
-        bad = [
-            place
-            for flags in by_device.values()
-            # one wait for the device
-            for (place, _), good in zip(
-                flags, torch.stack([flag for _, flag in flags]).tolist(), strict=True
-            )
-            if not good
-        ]
+                        by_device.setdefault(value.device, []).append((f"{place}: {field}", value))
+        bad = []
+        for named in by_device.values():
+            # one wait for the device; where a number is not finite, the sum is not either
+            totals = torch.stack([value.sum() for _, value in named]).tolist()
+            bad += [
+                place
+                for (place, value), total in zip(named, totals, strict=True)
+                if not (math.isfinite(total) or value.isfinite().all())
+            ]
         if bad and not everything:
             self.check(everything=True)
         if bad:
@@ -229,11 +232,20 @@ class Observer:
         return sorted(self._sums, key=lambda layer: (layer < 0, layer))
 
     def release(self, layer: int) -> None:
-        """Move a layer's sums to the host's memory."""
+        """Move a layer's sums to the host's memory, in one copy from a device."""
+        by_device: dict[torch.device, list[tuple[dict[str, Any], str]]] = {}
         for fields in self._sums.get(layer, {}).values():
             for name, value in fields.items():
-                if isinstance(value, Tensor):
-                    fields[name] = value.cpu()
+                # views of columns, on a CPU, would keep the columns of the others
+                if isinstance(value, Tensor) and (value.is_cuda or not value.is_contiguous()):
+                    by_device.setdefault(value.device, []).append((fields, name))
+        for held in by_device.values():
+            values = [fields[name] for fields, name in held]
+            flat = torch.cat([value.flatten() for value in values]).cpu()
+            parts = flat.split([value.numel() for value in values])
+            for (fields, name), value, part in zip(held, values, parts, strict=True):
+                fields[name] = part.view(value.shape)
+        self._assigned.pop(layer, None)
 
     def statistics(self) -> dict[str, Any]:
         """The sums, by the names of `CalibrationStatistics`.
@@ -241,6 +253,8 @@ class Observer:
         Raises:
             RuntimeError: Experts of a layer computed without being seen.
         """
+        for layer in self._sums:
+            self.release(layer)
         self.check(everything=True)
         for layer in self._anatomy.routed:
             parts = self._sums[layer]
@@ -254,7 +268,6 @@ class Observer:
                 )
         found: dict[str, Any] = {"experts": {}, "norms": {}, "layers": {}}
         for layer in self._order():
-            self.release(layer)
             for name, fields in self._sums[layer].items():
                 if name == "embedding":
                     found["embedding"] = LayerStatistics(**fields)
@@ -267,112 +280,87 @@ class Observer:
         return found
 
     def _start_hook(self, _module: nn.Module, args: Any, kwargs: Any) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        self._add(0, "embedding", tokens=self._tokens, output_sum=_sum(self._select(hidden)))
+        self._stream(0, "embedding", args[0] if args else kwargs["hidden_states"])
 
     def _layer_hook(self, index: int, _module: nn.Module, _args: Any, output: Any) -> None:
-        hidden = output[0] if isinstance(output, tuple) else output
-        self._add(index, "", tokens=self._tokens, output_sum=_sum(self._select(hidden)))
+        self._stream(index, "", output[0] if isinstance(output, tuple) else output)
+
+    def _stream(self, layer: int, part: str, hidden: Tensor) -> None:
+        rows = hidden.flatten(0, -2)
+        sums = self._part(layer, part, rows.device, output_sum=rows.shape[1:])
+        self._count(sums)
+        segment_sums(rows, keep=self._keep(rows.device), out=sums["output_sum"][None])
 
     def _norm_hook(
         self, index: int, name: str, _module: nn.Module, args: Any, output: Tensor
     ) -> None:
-        x, y = self._select(args[0]), self._select(output)
-        self._add(
-            index, name, tokens=self._tokens,
-            output_abs_sum=_sum(y.abs()), input_square_sum=_sum(_wide(x).square()),
-        )  # fmt: skip
+        y = output.flatten(0, -2)
+        x = args[0].flatten(0, -2).to(y.device)
+        width = y.shape[1:]
+        sums = self._part(index, name, y.device, output_abs_sum=width, input_square_sum=width)
+        self._count(sums)
+        out = sums["input_square_sum"], sums["output_abs_sum"]
+        norm_sums(x, y, keep=self._keep(y.device), out=out)
 
     def _router_hook(self, index: int, module: Any, _args: Any, output: Any) -> None:
         # logits come first in every family, before weights and indices, which are k wide
         first = output[0] if isinstance(output, tuple) else output
-        if first.shape[-1] != len(module.weight) or not first.is_floating_point():
+        experts = len(module.weight)
+        if first.shape[-1] != experts or not first.is_floating_point():
             raise ValueError(
                 f"{self._anatomy.name(index)}: expected a router that returns its logits first, "
                 f"got {tuple(first.shape)}; this family is not supported"
             )
-        logits = _wide(self._select(first))
+        logits = first.flatten(0, -2)
+        keep = self._keep(logits.device)
+        if keep is not None:
+            logits = torch.where(keep[:, None], logits, 0)
         exact = logits.double()
-        self._add(
-            index, "experts",
-            logit_gram=exact.t() @ exact, probability_sum=_sum(logits.softmax(-1)),
+        sums = self._part(
+            index, "experts", logits.device,
+            logit_gram=(experts, experts), probability_sum=(experts,),
         )  # fmt: skip
+        sums["logit_gram"].addmm_(exact.t(), exact)
+        wide = torch.float32 if logits.dtype.itemsize < 4 else logits.dtype
+        shares = logits.softmax(-1, dtype=wide)
+        segment_sums(shares, keep=keep, out=sums["probability_sum"][None])
 
-    def _experts_hook(self, index: int, experts: int, weights: Tensor, made: Assignments) -> None:
-        exact = weights.double()
-        shares = exact / exact.sum(-1, keepdim=True)
-        if self._counted is not None:
-            keep = self._counted.to(weights.device).flatten()[made.token].nonzero().flatten()
-            made = type(made)(*(field[keep] for field in made))
-        weight, share = (w[made.token, made.slot] for w in (exact, shares))
-        norm = torch.linalg.vector_norm(_wide(made.output), dim=-1).double()
-        count = torch.bincount(made.expert, minlength=experts)
-        columns = torch.stack([weight, share, norm, weight * norm], -1)
-        weight_sum, share_sum, norm_sum, weighted_norm_sum = segment_sum(columns, count).unbind(-1)
-        self._add(
-            index, "experts", tokens=self._tokens,
-            count=count.double(), weight_sum=weight_sum, share_sum=share_sum,
-            norm_sum=norm_sum, weighted_norm_sum=weighted_norm_sum,
-            norm_max=norm.new_zeros(experts).scatter_reduce(0, made.expert, norm, "amax"),
-            output_sum=segment_sum(made.output, count),
-            activation_sum=segment_sum(made.activation, count, absolute=True),
-        )  # fmt: skip
+    def _experts_hook(self, index: int, weights: Tensor, made: Assignments) -> None:
+        device, experts = weights.device, len(made.count)
+        inner, width = made.activation.shape[1], made.output.shape[1]
+        sums = self._part(index, "experts", device, activation_sum=(experts, inner))
+        self._count(sums)
+        if index not in self._assigned:
+            assigned = AssignmentSums.empty(experts, width, device=device)
+            self._assigned[index] = assigned
+            sums["output_sum"] = assigned.output
+            sums |= zip(_COLUMNS, assigned.columns.unbind(-1), strict=True)
+        shares = weights / weights.sum(-1, keepdim=True, dtype=torch.float64)
+        weight, share = (w.flatten()[made.place] for w in (weights, shares))
+        keep = self._keep(device)
+        keep = None if keep is None else keep[made.token]
+        assignment_sums(
+            made.output, weight, share, made.count, keep=keep, out=self._assigned[index]
+        )
+        segment_sums(made.activation, made.count, kind="abs", keep=keep, out=sums["activation_sum"])
 
-    def _add(self, layer: int, part: str, **values: Any) -> None:
+    def _part(
+        self, layer: int, part: str, device: torch.device, **shapes: tuple[int, ...]
+    ) -> dict[str, Any]:
+        """The sums of a part, which begin with zeros."""
         sums = self._sums.setdefault(layer, {}).setdefault(part, {})
-        for name, value in values.items():
+        for name, shape in shapes.items():
             if name not in sums:
-                sums[name] = value
-            elif name == "norm_max":
-                sums[name] = torch.maximum(sums[name], value)
-            else:
-                sums[name] += value
+                sums[name] = torch.zeros(shape, dtype=torch.float64, device=device)
+        return sums
 
-    def _select(self, x: Tensor) -> Tensor:
-        """Rows ``[tokens, ...]`` of the tokens that count."""
-        rows = x.flatten(0, -2)
+    def _count(self, sums: dict[str, Any]) -> None:
+        sums["tokens"] = sums.get("tokens", 0) + self._tokens
+
+    def _keep(self, device: torch.device) -> Tensor | None:
+        """Which rows ``[tokens]`` count; None if all do."""
         if self._counted is None:
-            return rows
-        if x.device not in self._rows:
-            self._rows[x.device] = self._counted.flatten().nonzero().flatten().to(x.device)
-        return rows[self._rows[x.device]]
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype.itemsize < 4 else x
-
-
-def _sum(x: Tensor) -> Tensor:
-    return x.sum(0, dtype=torch.float64)
-
-
-def segment_sum(x: Tensor, lengths: Tensor, *, absolute: bool = False) -> Tensor:
-    """Sum consecutive rows in float64, in a fixed order.
-
-    Args:
-        x: ``[S, N]``.
-        lengths: ``[E]`` int64, rows of each sum; they add up to S.
-        absolute: Sum absolute values.
-
-    Returns:
-        ``[E, N]`` float64.
-    """
-    out = x.new_zeros(len(lengths), x.shape[1], dtype=torch.float64)
-    if x.is_cuda:
-        return _segment_sum_at_once(x, lengths, out, absolute)
-    ends = [0, *lengths.cumsum(0).tolist()]
-    for row, (start, end) in zip(out, pairwise(ends), strict=True):
-        part = x[start:end].abs() if absolute else x[start:end]
-        torch.sum(part, 0, dtype=torch.float64, out=row)
-    return out
-
-
-def _segment_sum_at_once(x: Tensor, lengths: Tensor, out: Tensor, absolute: bool) -> Tensor:
-    """Without a launch per expert, or waiting for the lengths; costs a copy of some columns."""
-    reduce: Any = torch.segment_reduce  # ty: ignore[missing-attribute]
-    width = max(1, _COPY_BYTES // (8 * max(1, len(x))))
-    for at in range(0, x.shape[1], width):
-        part = x[:, at : at + width].double()
-        part = part.abs() if absolute else part
-        out[:, at : at + width] = reduce(part, "sum", lengths=lengths, unsafe=True)
-    return out
+            return None
+        if device not in self._masks:
+            self._masks[device] = self._counted.flatten().to(device)
+        return self._masks[device]
