@@ -106,7 +106,10 @@ def test_experts_are_those_of_the_algorithm(similarity, method, preserve):
             assert sum(mine) == pytest.approx(1, abs=1e-12)
         dropped = [e for e in range(8) if e not in groups]
         wanted = float(told.count[dropped].sum() / told.count.sum())
-        assert decided.report[str(layer)] == {"dropped_selections": pytest.approx(wanted)}
+        assert decided.report[str(layer)] == pytest.approx({
+            "dropped_selections": wanted, "least_tokens": float(min(told.count)),
+            "mean_tokens": float(sum(told.count)) / 8,
+        })  # fmt: skip
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -7,6 +7,9 @@ from .errors import ResumeError as ResumeError
 from .errors import UnknownTensorError as UnknownTensorError
 from .errors import UnsupportedModelError as UnsupportedModelError
 from .errors import VerificationError as VerificationError
+from .evaluation import Perplexity as Perplexity
+from .evaluation import evaluate as evaluate
+from .evaluation import perplexity as perplexity
 from .memory import compress_model as compress_model
 from .optimizer import slice_optimizer_state as slice_optimizer_state
 from .planning import CompressionPlan as CompressionPlan

@@ -6,16 +6,23 @@ Exit status: 0 done, 1 the work failed, 2 bad input. No command loads torch befo
 
 from __future__ import annotations
 
-import sys
-from contextlib import redirect_stdout
+import logging
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path  # noqa: TC003 - cyclopts reads it
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, Parameter
 from shared_kernels.console import JsonFlag, print_json, print_table, run_app
 
+from slimmoe.commands.evaluation import evaluate
+from slimmoe.commands.training import cache_teacher, distill, progressive
 from slimmoe.configuration import CompressionConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from slimmoe.planning import CompressionPlan
 
 app = App(
     name="slimmoe",
@@ -24,18 +31,25 @@ app = App(
     help_format="plaintext",
 )
 
+app.command(cache_teacher)
+app.command(distill)
+app.command(progressive)
+app.command(evaluate, name="eval")
+
 Options = Annotated[CompressionConfig, Parameter(name="*")]
+Dequantize = Annotated[bool, Parameter(negative="")]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @app.command
-def inspect(model: str, *, json_output: JsonFlag = False) -> int:
+def inspect(model: str, *, dequantize: Dequantize = False, json_output: JsonFlag = False) -> int:
     """Say what a model is made of, and whether it can be compressed.
 
     Names and shapes of its tensors are read, and nothing else. The exit status is 1 if it cannot.
 
     Args:
         model: Folder or name on the Hugging Face Hub.
+        dequantize: Take a model in FP8 or MXFP4 for one in bfloat16.
         json_output: Print JSON.
     """
     from slimmoe.compression import fetched
@@ -44,7 +58,7 @@ def inspect(model: str, *, json_output: JsonFlag = False) -> int:
     from slimmoe.weights import Source
 
     try:
-        source = Source(fetched(model))
+        source = Source(fetched(model), dequantize=dequantize)
     except UnsupportedModelError as error:
         if json_output:
             print_json({"model": model, "works": False, "refused": str(error)})
@@ -83,6 +97,7 @@ def calibrate(
     device: str | None = None,
     dtype: Dtype = "auto",
     scratch: Path | None = None,
+    dequantize: Dequantize = False,
     json_output: JsonFlag = False,
 ) -> int:
     """Run a model on texts once, and write down what compression is planned by.
@@ -97,6 +112,7 @@ def calibrate(
         device: Where to run it; by default a GPU if there is one.
         dtype: To run it in; auto takes what the checkpoint has.
         scratch: Folder for hidden states between layers; without one they are in memory.
+        dequantize: Read a model in FP8 or MXFP4 as bfloat16.
         json_output: Print JSON.
     """
     import torch
@@ -109,6 +125,7 @@ def calibrate(
     found = run(
         fetched(model), read_data(data), batch_tokens=batch_tokens,
         sequence_length=sequence_length, mode=mode, device=device, dtype=wanted, scratch=scratch,
+        dequantize=dequantize,
     )  # fmt: skip
     found.save_pretrained(out)
     never = {layer: list(told.never_selected) for layer, told in found.coverage().items()}
@@ -128,6 +145,8 @@ def plan(
     *,
     out: Path,
     statistics: Path | None = None,
+    minimum_tokens: int = 32,
+    dequantize: Dequantize = False,
     json_output: JsonFlag = False,
 ) -> int:
     """Decide what is kept and what is averaged, and write it down as JSON.
@@ -137,6 +156,8 @@ def plan(
         options: Sizes and methods.
         out: File to write the plan to.
         statistics: Folder of `slimmoe calibrate`.
+        minimum_tokens: That an expert should have been selected for; a warning names others.
+        dequantize: Read a model in FP8 or MXFP4 as bfloat16.
         json_output: Print JSON.
     """
     from slimmoe.calibration import CalibrationStatistics
@@ -145,11 +166,12 @@ def plan(
     from slimmoe.summary import compared
     from slimmoe.weights import Source
 
-    source = Source(fetched(model))
+    source = Source(fetched(model), dequantize=dequantize)
     found = None if statistics is None else CalibrationStatistics.from_pretrained(statistics)
-    made = make_plan(source, found, options)
+    with _unlogged():
+        made = make_plan(source, found, options, minimum_tokens=minimum_tokens)
     made.save(out)
-    return _told(compared(source, made), made.report, json_output, f"plan in {out}")
+    return _told(compared(source, made), made, json_output, f"plan in {out}")
 
 
 @app.command
@@ -162,6 +184,8 @@ def compress(
     statistics: Path | None = None,
     data: Annotated[list[Path] | None, Parameter(consume_multiple=True)] = None,
     max_shard_gib: float = 5.0,
+    minimum_tokens: int = 32,
+    dequantize: Dequantize = False,
     resume: bool = True,
     json_output: JsonFlag = False,
 ) -> int:
@@ -175,6 +199,8 @@ def compress(
         statistics: Folder of `slimmoe calibrate`.
         data: Texts to calibrate with, instead of statistics.
         max_shard_gib: GiB of a file of weights.
+        minimum_tokens: That an expert should have been selected for; a warning names others.
+        dequantize: Read a model in FP8 or MXFP4 as bfloat16; that alone is work enough, too.
         resume: Whether to go on with what was begun.
         json_output: Print JSON.
     """
@@ -184,19 +210,23 @@ def compress(
     from slimmoe.datafiles import read_data
     from slimmoe.planning import CompressionPlan
     from slimmoe.summary import compared
+    from slimmoe.weights import Source
 
     if plan is not None and options != CompressionConfig():
         raise ValueError("--plan: it has the sizes; give it without other sizes and methods")
-    if plan is None and options == CompressionConfig():
+    if plan is None and options == CompressionConfig() and not dequantize:
         raise ValueError("compress: nothing is made smaller; give a size such as --num-experts")
     known = None if statistics is None else CalibrationStatistics.from_pretrained(statistics)
-    made = run(
-        fetched(model), out, None if plan is not None else options,
-        calibration=None if data is None else read_data(data), statistics=known,
-        plan=None if plan is None else CompressionPlan.load(plan),
-        max_shard_bytes=round(max_shard_gib * (1 << 30)), resume=resume,
-    )  # fmt: skip
-    return _told(compared(fetched(model), made), made.report, json_output, f"model in {out}")
+    with _unlogged():
+        made = run(
+            model, out, None if plan is not None else options,
+            calibration=None if data is None else read_data(data), statistics=known,
+            plan=None if plan is None else CompressionPlan.load(plan),
+            max_shard_bytes=round(max_shard_gib * (1 << 30)), resume=resume,
+            minimum_tokens=minimum_tokens, dequantize=dequantize,
+        )  # fmt: skip
+    source = Source(fetched(model), dequantize=dequantize)
+    return _told(compared(source, made), made, json_output, f"model in {out}")
 
 
 @app.command
@@ -222,151 +252,6 @@ def verify(
     return 0
 
 
-@app.command
-def cache_teacher(
-    teacher: str,
-    data: Annotated[list[Path], Parameter(consume_multiple=True)],
-    *,
-    out: Path,
-    tokens: int = 64,
-    sampled: bool = False,
-    sequence_length: int = 1024,
-    temperature: float = 1.0,
-    device: str | None = None,
-    seed: int = 0,
-    json_output: JsonFlag = False,
-) -> int:
-    """Write down what a teacher says of texts: it need not be there while its student learns.
-
-    A token takes 8 bytes for each of the numbers that are kept of it.
-
-    Args:
-        teacher: Folder or name on the Hugging Face Hub.
-        data: Files of text, of JSON lines with `text` or `input_ids`, or folders of these.
-        out: Folder to write to.
-        tokens: Kept of each law: the likeliest, or as many drawn.
-        sampled: Draw them: then the gradient is that of the whole law in expectation.
-        sequence_length: Of texts, which are joined and cut.
-        temperature: Of the law.
-        device: Where to run it; by default a GPU if there is one.
-        seed: Of drawing.
-        json_output: Print JSON.
-    """
-    import torch
-
-    from slimmoe.compression import fetched
-    from slimmoe.distillation import Teacher, TeacherLogitCache
-
-    rows = _sequences(teacher, data, sequence_length)
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    asked = Teacher.from_pretrained(fetched(teacher)).to(torch.device(place))
-    found = TeacherLogitCache.build(
-        out, asked, rows, tokens=tokens, sampled=sampled, temperature=temperature, seed=seed,
-    )  # fmt: skip
-    if json_output:
-        return print_json({"out": str(out), "sequences": len(found), "tokens": tokens})
-    print(f"{len(found):,} sequences in {out}")
-    return 0
-
-
-@app.command
-def distill(
-    student: str,
-    teacher: str,
-    data: Annotated[list[Path], Parameter(consume_multiple=True)],
-    *,
-    out: Path,
-    steps: int,
-    batch_size: int = 8,
-    accumulation: int = 1,
-    sequence_length: int = 1024,
-    learning_rate: float = 4e-4,
-    warmup_steps: int = 0,
-    kd_weight: tuple[float, float] = (1.0, 0.75),
-    mtp_weight: tuple[float, float] = (0.3, 0.1),
-    temperature: float = 1.0,
-    cache: Path | None = None,
-    save_steps: int = 500,
-    logging_steps: int = 10,
-    seed: int = 0,
-    json_output: JsonFlag = False,
-) -> int:
-    """Train a compressed model on texts and on what its teacher says of them; goes on if stopped.
-
-    The rate of learning falls on a cosine to a thirteenth, as in the paper. The last model is in
-    OUT/final, and loads in plain transformers.
-
-    Args:
-        student: Folder of `slimmoe compress`, or another model.
-        teacher: The model that it was made of.
-        data: Files of text, of JSON lines with `text` or `input_ids`, or folders of these.
-        out: Folder for checkpoints and the last model.
-        steps: Of the optimizer.
-        batch_size: Sequences of a batch.
-        accumulation: Batches of a step.
-        sequence_length: Of texts, which are joined and cut.
-        learning_rate: At most.
-        warmup_steps: In which it rises.
-        kd_weight: Of distillation against the language model's loss, at the begin and at the end.
-        mtp_weight: Of modules of multi-token prediction, at the begin and at the end.
-        temperature: Of both laws.
-        cache: Of `slimmoe cache-teacher` with the same data; the teacher is not loaded then.
-        save_steps: Between checkpoints.
-        logging_steps: Between lines of the log.
-        seed: Of the order of sequences.
-        json_output: Print JSON.
-    """
-    from transformers.trainer_utils import get_last_checkpoint
-
-    from slimmoe.compression import fetched
-    from slimmoe.distillation import (
-        DistillationArguments,
-        DistillationTrainer,
-        TeacherLogitCache,
-    )
-
-    rows = _sequences(teacher, data, sequence_length)
-    args = DistillationArguments(
-        output_dir=str(out), max_steps=steps, per_device_train_batch_size=batch_size,
-        gradient_accumulation_steps=accumulation, learning_rate=learning_rate,
-        warmup_steps=warmup_steps, lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": 3 / 40}, kd_weight=kd_weight, mtp_weight=mtp_weight,
-        temperature=temperature, save_steps=save_steps, logging_steps=logging_steps, seed=seed,
-        report_to=[], save_total_limit=2,
-    )  # fmt: skip
-    known: Any = fetched(teacher) if cache is None else TeacherLogitCache(cache)
-    dataset: Any = rows if cache is None else known.attach(rows)
-    trainer = DistillationTrainer(fetched(student), known, args, train_dataset=dataset)
-    last = get_last_checkpoint(str(out)) if out.is_dir() else None
-    with redirect_stdout(sys.stderr):
-        # Trainer prints its log; results alone are for stdout
-        trainer.train(resume_from_checkpoint=last)
-        trainer.save_model(str(out / "final"))
-    told = next((t for t in reversed(trainer.state.log_history) if "kl" in t), {})
-    told = {name: value for name, value in told.items() if isinstance(value, int | float)}
-    if json_output:
-        return print_json({"out": str(out / "final"), "sequences": len(rows), **told})
-    print_table([(name, f"{value:.4g}") for name, value in told.items()])
-    print(f"model in {out / 'final'}")
-    return 0
-
-
-def _sequences(model: str, data: list[Path], length: int) -> list[dict[str, Any]]:
-    """Return rows of token ids, of one length where they are made of texts."""
-    from transformers import AutoTokenizer
-
-    from slimmoe.calibration.data import make_sequences
-    from slimmoe.datafiles import read_data
-
-    items = read_data(data)
-    tokenizer = AutoTokenizer.from_pretrained(model) if isinstance(items[0], str) else None
-    found = make_sequences(items, length, tokenizer)
-    if tokenizer is not None and len(found) > 1:
-        # one that is shorter would need padding
-        found = [row for row in found if len(row) == length]
-    return [{"input_ids": row} for row in found]
-
-
 def _rows(told: dict[str, int]) -> list[tuple[str, str]]:
     return [(name.replace("_", " "), _shown(name, value)) for name, value in told.items()]
 
@@ -377,21 +262,37 @@ def _shown(name: str, value: int) -> str:
     return format_bytes(value) if "bytes" in name else f"{value:,}"
 
 
+@contextmanager
+def _unlogged() -> Generator[None]:
+    """Keep warnings of a plan, which are printed with it, from being logged, too."""
+    log = logging.getLogger("slimmoe.planning")
+    log.disabled = True
+    try:
+        yield
+    finally:
+        log.disabled = False
+
+
 def _told(
-    sizes: dict[str, dict[str, int]], report: dict[str, Any], json_output: bool, where: str
+    sizes: dict[str, dict[str, int]], made: CompressionPlan, json_output: bool, where: str
 ) -> int:
     if json_output:
-        return print_json({**sizes, "report": report})
+        return print_json({**sizes, "report": made.report, "warnings": made.warnings})
     rows = [
         (name.replace("_", " "), _shown(name, before), _shown(name, sizes["after"][name]))
         for name, before in sizes["before"].items()
     ]
     print_table(rows, ("", "before", "after"))
-    for field, words in (("dropped_selections", "of selections went to experts that are not kept"),
-                         ("dropped_mass", "of the router's probability was theirs")):  # fmt: skip
-        shares = [told[field] for told in report.values() if field in told]
-        if shares:
-            print(f"{min(shares):.1%} to {max(shares):.1%} {words}, by layer")
+    for field, form, words in (
+        ("dropped_selections", ".1%", "of selections went to experts that are not kept, by layer"),
+        ("dropped_mass", ".1%", "of the router's probability was theirs, by layer"),
+        ("least_tokens", ",.0f", "tokens went to the least selected expert of a layer"),
+    ):
+        found = [told[field] for told in made.report.values() if field in told]
+        if found:
+            print(f"{min(found):{form}} to {max(found):{form}} {words}")
+    for told in made.warnings:
+        print(f"warning: {told}")
     print(where)
     return 0
 

@@ -23,7 +23,15 @@ def fetched(model: str | Path) -> Path:
         return Path(model)
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+    patterns = [
+        "*.json",
+        "*.safetensors",
+        "*.txt",
+        "*.model",
+        "*.jinja",
+        "README.md",
+        "LICEN[CS]E*",
+    ]
     return Path(snapshot_download(str(model), allow_patterns=patterns))
 
 
@@ -38,6 +46,9 @@ def compress(
     max_shard_bytes: int = 5 << 30,
     resume: bool = True,
     progress: bool = True,
+    minimum_tokens: int = 32,
+    base_model: str | None = None,
+    dequantize: bool = False,
     **calibrate_options: Any,
 ) -> CompressionPlan:
     """Write a smaller model, which plain transformers loads.
@@ -52,6 +63,10 @@ def compress(
         max_shard_bytes: Of a file of weights.
         resume: Whether to go on with what was begun.
         progress: Whether to show bars.
+        minimum_tokens: Of the calibration that an expert should have been selected for; the plan
+            warns of those that were not.
+        base_model: Name of the source on the Hub, for the model card, where it is a folder.
+        dequantize: Whether a source in FP8 or MXFP4 is read as bfloat16; else it is refused.
         calibrate_options: Of `slimmoe.calibrate`.
 
     Returns:
@@ -68,7 +83,7 @@ def compress(
     if (plan is None) == (options is None):
         raise ValueError(message("options", "either these or a plan", options, "give one of them"))
     folder = fetched(source)
-    read = Source(folder)
+    read = Source(folder, dequantize=dequantize)
     if plan is None:
         assert options is not None
         if statistics is None and options.scores:
@@ -77,7 +92,11 @@ def compress(
                 raise ValueError(message("calibration", "something to choose by", None, remedy))
             from slimmoe.calibration import calibrate
 
-            statistics = calibrate(folder, calibration, progress=progress, **calibrate_options)
-        plan = make_plan(read, statistics, options)
-    write(read, target, plan, max_shard_bytes=max_shard_bytes, resume=resume, progress=progress)
+            statistics = calibrate(folder, calibration, progress=progress, dequantize=dequantize,
+                                   **calibrate_options)  # fmt: skip
+        plan = make_plan(read, statistics, options, minimum_tokens=minimum_tokens)
+    if base_model is None and not Path(source).is_dir():
+        base_model = str(source)
+    write(read, target, plan, max_shard_bytes=max_shard_bytes, resume=resume, progress=progress,
+          base_model=base_model)  # fmt: skip
     return plan

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from shared_kernels._checks import message
+from shared_kernels._checks import check_range, message
 from shared_kernels.files import write_text
 
+from slimmoe import cautions
 from slimmoe.architectures import Axis
 from slimmoe.configuration import CompressionConfig
 from slimmoe.errors import UnsupportedModelError
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from slimmoe.architectures import Match
     from slimmoe.calibration.statistics import CalibrationStatistics, ExpertStatistics
 
+_log = logging.getLogger(__name__)
 #: Rows of each expert's matrices that are compared at a time.
 _BLOCK = 16
 
@@ -51,7 +54,10 @@ class CompressionPlan:
         mtp: Whether modules of MTP stay.
         report: What is to be known of it: by layer, ``dropped_selections``, the share of
             selections that went to experts that are not kept, and where selected weights are not
-            renormalised, ``dropped_mass``, the share of the router's probability that they had.
+            renormalised, ``dropped_mass``, the share of the router's probability that they had;
+            ``least_tokens`` and ``mean_tokens`` that its experts were selected for.
+        calibration: Of which tokens the statistics are; None if nothing was chosen by them.
+        warnings: What may be unwanted.
     """
 
     options: CompressionConfig
@@ -64,6 +70,8 @@ class CompressionPlan:
     norms: dict[str, float] = field(default_factory=dict)
     mtp: bool = True
     report: dict[str, dict[str, float]] = field(default_factory=dict)
+    calibration: dict[str, Any] | None = None
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def hash(self) -> str:
@@ -94,7 +102,11 @@ class CompressionPlan:
 
 
 def plan(
-    model: Any, statistics: CalibrationStatistics | None, options: CompressionConfig
+    model: Any,
+    statistics: CalibrationStatistics | None,
+    options: CompressionConfig,
+    *,
+    minimum_tokens: int = 32,
 ) -> CompressionPlan:
     """Decide what of a model is kept, and what is averaged.
 
@@ -105,14 +117,20 @@ def plan(
         model: A folder, a model of transformers in memory, or a `slimmoe.weights.Source`.
         statistics: Of `slimmoe.calibrate`; None if nothing is chosen by them.
         options: Sizes and methods.
+        minimum_tokens: Of the calibration that an expert should have been selected for; the plan
+            warns of those that were not.
 
     Raises:
         ValueError: Larger sizes than the model has, more experts of a token than of a layer, or
             statistics that are missing or of another model.
         UnsupportedModelError: What the model's plain class cannot express.
     """
+    check_range("minimum_tokens", minimum_tokens, 0, 1 << 40, "0 warns of no expert")
     source = model if isinstance(model, Source) else Source(model)
-    return _Planner(source, statistics, options).plan()
+    made = _Planner(source, statistics, options, minimum_tokens).plan()
+    for told in made.warnings:
+        _log.warning("%s", told)
+    return made
 
 
 def comes_out(match: Match, layers: Collection[int], mtp: bool) -> bool:
@@ -124,9 +142,13 @@ def comes_out(match: Match, layers: Collection[int], mtp: bool) -> bool:
 
 class _Planner:
     def __init__(
-        self, source: Source, statistics: CalibrationStatistics | None, options: CompressionConfig
+        self,
+        source: Source,
+        statistics: CalibrationStatistics | None,
+        options: CompressionConfig,
+        minimum_tokens: int,
     ) -> None:
-        self.source, self.options = source, options
+        self.source, self.options, self.minimum_tokens = source, options, minimum_tokens
         self.config, self.family = source.config, source.family
         if statistics is None and options.scores:
             remedy = "slimmoe.calibrate(model, data) gives them"
@@ -172,7 +194,20 @@ class _Planner:
         return CompressionPlan(
             options, self.config, made, layers, channels, experts, neurons, norms, mtp,
             {str(place): self._told(place, found) for place, found in experts.items()},
+            self._calibration(), list(self._warnings(layers, places if experts or neurons else [])),
         )  # fmt: skip
+
+    def _calibration(self) -> dict[str, Any] | None:
+        if self._statistics is None or not self.options.scores:
+            return None
+        names = ("tokens", "sequences", "tokens_sha256", "dtype")
+        return {name: getattr(self._statistics, name) for name in names}
+
+    def _warnings(self, layers: list[int], places: list[int]) -> Iterator[str]:
+        yield from cautions.of_layers(self.config.get("layer_types") or [], layers)
+        yield from cautions.of_sizes(self.options, self.config, self.family.neurons)
+        if places:
+            yield from cautions.of_experts(self.statistics.experts, places, self.minimum_tokens)
 
     # --- sizes -----------------------------------------------------------------------------------
 
@@ -190,8 +225,8 @@ class _Planner:
             means = [found.output_sum / found.tokens for found in sums]
             layers = depth.similar(means, options.num_layers)
         kinds = self.config.get("layer_types") or []
-        attends = {"full_attention", "sliding_attention"}
-        if kinds and not any(kinds[layer] in attends for layer in layers):
+        full = "full_attention"
+        if full in kinds and full not in [kinds[layer] for layer in layers]:
             raise UnsupportedModelError(
                 f"num_layers: none of the layers {layers} has attention over all tokens; keep more"
             )
@@ -334,7 +369,9 @@ class _Planner:
         found = self._found(place)
         gone = torch.ones(len(found.count), dtype=torch.bool)
         gone[experts.kept] = False
-        told = {"dropped_selections": float(found.count[gone].sum() / found.count.sum())}
+        told = {"dropped_selections": float(found.count[gone].sum() / found.count.sum()),
+                "least_tokens": float(found.count.min()),
+                "mean_tokens": float(found.count.mean())}  # fmt: skip
         if not self.family.renormalises(self.config):
             mass = found.probability_sum
             told["dropped_mass"] = float(mass[gone].sum() / mass.sum())

@@ -20,7 +20,7 @@ from shared_kernels._checks import message
 from shared_kernels.files import write_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from slimmoe.configuration import CompressionConfig
     from slimmoe.summary import Sizes
@@ -129,12 +129,18 @@ class ProgressiveRunner:
         train: Called with the folder of a student, the stage and a folder for its run; it trains
             and leaves the student in ``FOLDER/final``, as ``slimmoe distill`` does. It is called
             again where it was stopped.
+        recipe: What else stages depend on, as JSON has it: what was begun with another one is not
+            gone on with.
     """
 
     def __init__(
-        self, schedule: ProgressiveSchedule, train: Callable[[Path, Stage, Path], Any]
+        self,
+        schedule: ProgressiveSchedule,
+        train: Callable[[Path, Stage, Path], Any],
+        recipe: Mapping[str, Any] | None = None,
     ) -> None:
         self.schedule, self.train = schedule, train
+        self.recipe: dict[str, Any] = json.loads(json.dumps(dict(recipe or {})))
 
     def run(
         self,
@@ -144,6 +150,7 @@ class ProgressiveRunner:
         *,
         resume: bool = True,
         progress: bool = True,
+        base_model: str | None = None,
         **calibrate_options: Any,
     ) -> Path:
         """Compress and train, stage by stage; what is done is not done again.
@@ -154,13 +161,14 @@ class ProgressiveRunner:
             calibration: Texts or token ids, as `slimmoe.calibrate` takes them.
             resume: Whether to go on with what is there.
             progress: Whether to show bars.
+            base_model: Name of the source on the Hub, for model cards.
             calibrate_options: Of `slimmoe.calibrate`.
 
         Returns:
             The folder of the last student.
 
         Raises:
-            ValueError: What is there is of another schedule.
+            ValueError: What is there is of another schedule or recipe.
         """
         from slimmoe.calibration import CalibrationStatistics, calibrate
         from slimmoe.compression import compress
@@ -174,6 +182,7 @@ class ProgressiveRunner:
             remedy = "give another folder, or resume=False"
             raise ValueError(message("folder", "one of this schedule", str(folder), remedy))
         write_text(told, self.schedule.to_json())
+        self._check_recipe(folder / "recipe.json")
         for number, stage in enumerate(self.schedule.stages, 1):
             place = folder / f"stage-{number}"
             made, final = place / "student", place / "run" / "final"
@@ -185,7 +194,8 @@ class ProgressiveRunner:
                             student, calibration, progress=progress, **calibrate_options
                         ).save_pretrained(measured)
                     statistics = CalibrationStatistics.from_pretrained(measured)
-                    compress(student, made, stage.options, statistics=statistics, progress=progress)
+                    compress(student, made, stage.options, statistics=statistics,
+                             progress=progress, base_model=base_model)  # fmt: skip
                 self.train(made, stage, place / "run")
                 if not final.is_dir():
                     remedy = "train leaves the student there"
@@ -193,3 +203,14 @@ class ProgressiveRunner:
                 write_text(place / "done", "")
             student = final
         return student
+
+    def _check_recipe(self, path: Path) -> None:
+        """Write the recipe down, or compare it with what is there."""
+        if path.is_file():
+            begun = json.loads(path.read_text(encoding="utf-8"))
+            for name in sorted(begun.keys() | self.recipe.keys()):
+                before, now = begun.get(name), self.recipe.get(name)
+                if before != now:
+                    remedy = "give another folder, or resume=False"
+                    raise ValueError(message(name, f"{before!r}, as it was begun", now, remedy))
+        write_text(path, json.dumps(self.recipe, indent=1) + "\n")

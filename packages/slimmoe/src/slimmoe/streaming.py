@@ -22,6 +22,7 @@ from shared_kernels.checkpoint import (
 from shared_kernels.files import write_text
 from tqdm.auto import tqdm
 
+from slimmoe import model_card
 from slimmoe._version import __version__
 from slimmoe.errors import ResumeError
 from slimmoe.rewrite import Rewriter
@@ -48,6 +49,7 @@ def write(
     max_shard_bytes: int = 5 << 30,
     resume: bool = True,
     progress: bool = True,
+    base_model: str | None = None,
 ) -> Path:
     """Write a compressed model, shard by shard.
 
@@ -61,9 +63,11 @@ def write(
         max_shard_bytes: Of a file; a tensor that is larger has one of its own.
         resume: Whether to go on with what was begun; else it is begun anew.
         progress: Whether to show a bar.
+        base_model: Name of the source on the Hub, for the model card; by default its folder's.
 
     Returns:
-        The target. Its ``slimmoe.json`` has the plan, and SHA-256 and size of each file of weights.
+        The target. Its ``slimmoe.json`` has the plan, and SHA-256 and size of each file of weights;
+        its ``README.md`` is a model card with the licence that the source's has.
 
     Raises:
         FileExistsError: The target is there.
@@ -91,7 +95,8 @@ def write(
             else:
                 bar.update(sum(map(_bytes, outputs)))
     # a source that was compressed itself has another manifest
-    copy_side_files(source.path, begun, skip=[MANIFEST])
+    copy_side_files(source.path, begun, skip=[MANIFEST, model_card.FILE])
+    write_text(begun / model_card.FILE, model_card.card(source, plan, base_model))
     source.config_class.from_dict(plan.config).save_pretrained(begun)
     write_index(begun, {name: [_info(out) for out in outputs] for name, outputs in shards.items()})
     manifest["files"] = {name: manifest["files"][name] for name in shards}

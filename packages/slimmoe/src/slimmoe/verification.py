@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
+from slimmoe.dequantize import Dequantized
 from slimmoe.errors import VerificationError
 from slimmoe.memory import compress_model
 from slimmoe.planning import CompressionPlan
 from slimmoe.streaming import MANIFEST, checksum
-from slimmoe.weights import FolderWeights, Source
+from slimmoe.weights import FolderWeights, Source, load_model
 
 
 @torch.no_grad()
@@ -88,7 +89,10 @@ def _wanted(made: Source) -> dict[str, tuple[int, ...]]:
 def _compared(folder: Path, source: str | Path, plan: CompressionPlan, tokens: int) -> float:
     from transformers import AutoModelForCausalLM
 
-    after, before = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, source))
+    after = AutoModelForCausalLM.from_pretrained(folder)
+    read = Source(source, dequantize=True)
+    quantised = isinstance(read.weights, Dequantized)
+    before = load_model(read) if quantised else AutoModelForCausalLM.from_pretrained(source)
     wanted = compress_model(before, plan)
     state = after.state_dict()
     for name, tensor in wanted.state_dict().items():

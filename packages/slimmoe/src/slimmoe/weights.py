@@ -103,6 +103,8 @@ class Source:
 
     Args:
         model: A folder, or a model of transformers in memory.
+        dequantize: Whether quantised tensors of a folder are read as bfloat16, see
+            `slimmoe.dequantize`; else they are refused.
 
     Attributes:
         config: As ``config.json`` has it, with all that its class fills in.
@@ -114,7 +116,7 @@ class Source:
         UnsupportedModelError: Another family, quantised weights, or a tensor that no table knows.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, dequantize: bool = False) -> None:
         from transformers import AutoConfig
 
         in_memory = not isinstance(model, str | Path)
@@ -128,12 +130,18 @@ class Source:
             if not key.startswith("_") and key != "transformers_version"
         }
         self.family: Architecture = architecture_of(self.config)
-        if self.config.get("quantization_config"):
+        quantization = self.config.pop("quantization_config", None)
+        if quantization and (in_memory or not dequantize):
             raise UnsupportedModelError(
                 "config.json: expected weights that are not quantised, got a quantization_config; "
-                "save the model dequantised first"
+                "give dequantize=True (--dequantize) for a folder in FP8 or MXFP4, or save the "
+                "model dequantised first"
             )
         self.weights: Weights = ModelWeights(model) if in_memory else FolderWeights(model)
+        if quantization:
+            from slimmoe.dequantize import Dequantized
+
+            self.weights = Dequantized(self.weights, quantization)
         self.matches: dict[str, Match] = {
             name: self.family.match(name, self.config) for name in self.weights
         }
@@ -167,3 +175,21 @@ class Source:
             for place, matches in self._by_place.items()
             if any(match.row.router for match in matches)
         )
+
+
+def load_model(source: Source, dtype: torch.dtype | None = None) -> Any:
+    """Return the model of a folder, whole in memory, without modules of MTP.
+
+    Args:
+        source: Of the folder; its tensors may be dequantised.
+        dtype: To load it in; by default that of its configuration.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = source.config_class.from_dict(source.config)
+    with torch.device("meta"):
+        kind: Any = type(AutoModelForCausalLM.from_config(config))
+    state = {name: source.weights.read(name) for name, match in source.matches.items()
+             if match.mtp is None}  # fmt: skip
+    return kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype or "auto").eval()

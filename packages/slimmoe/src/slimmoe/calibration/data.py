@@ -115,13 +115,19 @@ def hash_tokens(batches: Sequence[Batch]) -> str:
     Returns:
         Sum modulo 2²⁵⁶ of the sequences' SHA-256, in hexadecimal.
     """
+    return hash_sequences(
+        ids if batch.attention_mask is None else ids[batch.attention_mask[row].cpu() != 0]
+        for batch in batches
+        for row, ids in enumerate(batch.input_ids.cpu())
+    )
+
+
+def hash_sequences(sequences: Iterable[Tensor]) -> str:
+    """Hash sequences of token ids as `hash_tokens` does."""
     total = 0
-    for batch in batches:
-        for row, ids in enumerate(batch.input_ids.cpu()):
-            if batch.attention_mask is not None:
-                ids = ids[batch.attention_mask[row].cpu() != 0]
-            digest = hashlib.sha256(ids.contiguous().numpy().astype("<i8").tobytes()).digest()
-            total += int.from_bytes(digest, "big")
+    for ids in sequences:
+        digest = hashlib.sha256(ids.contiguous().numpy().astype("<i8").tobytes()).digest()
+        total += int.from_bytes(digest, "big")
     return hexadecimal(total)
 
 

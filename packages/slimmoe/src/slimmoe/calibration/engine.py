@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from shared_kernels._checks import check_choice, check_range, message
-from shared_kernels.checkpoint import TensorFolder
 from shared_kernels.offload.memory import memory_limits
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -18,7 +18,9 @@ from tqdm.auto import tqdm
 from slimmoe.calibration.data import hash_tokens, make_batches
 from slimmoe.calibration.layerwise import LayerFolder, run_layerwise
 from slimmoe.calibration.observer import Anatomy, Observer
+from slimmoe.calibration.ranks import Ranks
 from slimmoe.calibration.statistics import CalibrationStatistics
+from slimmoe.weights import FolderWeights, Source, load_model
 
 if TYPE_CHECKING:
     import os
@@ -47,6 +49,8 @@ def calibrate(
     exclude: Iterable[int] = (),
     mtp: MTPHead | None = None,
     scratch: str | os.PathLike[str] | None = None,
+    distributed: bool = True,
+    dequantize: bool = False,
     progress: bool = True,
 ) -> CalibrationStatistics:
     """Measure what compression is planned from, in one pass over calibration data.
@@ -78,6 +82,10 @@ def calibrate(
             there. They are told the tokens, and their statistics have numbers behind the layers'.
         scratch: Layerwise: a folder for the hidden states between layers, on disk; None keeps them
             in the host's memory.
+        distributed: Where there is a process group of ``torch.distributed``, let each process run
+            a part of the batches, and sum up: all of them have to call this with the same data,
+            and all get the same statistics. Otherwise each process is by itself.
+        dequantize: Read a folder in FP8 or MXFP4 as bfloat16, see `slimmoe.dequantize`.
         progress: Show a bar.
 
     Raises:
@@ -102,33 +110,63 @@ def calibrate(
             from transformers import AutoTokenizer
 
             tokenizer = AutoTokenizer.from_pretrained(model)
-    batches = make_batches(
-        data,
-        batch_tokens=batch_tokens,
-        sequence_length=sequence_length,
-        tokenizer=tokenizer,
-        exclude=exclude,
+    ranks = Ranks(distributed)
+    progress = progress and ranks.index == 0
+    made = ranks.agreed(
+        lambda: make_batches(
+            data,
+            batch_tokens=batch_tokens,
+            sequence_length=sequence_length,
+            tokenizer=tokenizer,
+            exclude=exclude,
+        )
     )
-    if loaded:
-        return _resident(model, batches, mtp, progress)
+    batches = ranks.share(made)
+
+    def measure() -> CalibrationStatistics:
+        if loaded:
+            return _resident(model, batches, mtp, progress)
+        source = Source(model, dequantize=True) if dequantize else None
+        return _of_folder(model, source, batches, mode, device, dtype, mtp, scratch, progress)
+
+    return ranks.summed(ranks.agreed(measure))
+
+
+def _of_folder(
+    path: Any,
+    source: Source | None,
+    batches: Sequence[Batch],
+    mode: str,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    mtp: MTPHead | None,
+    scratch: str | os.PathLike[str] | None,
+    progress: bool,
+) -> CalibrationStatistics:
+    """Measure a folder; with a source, its tensors are read dequantised."""
     if mtp is not None:
         raise ValueError("mtp is for a model in memory; a folder's modules are read with it")
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
-    if mode == "layerwise" or (mode == "auto" and not _fits(model, device, dtype)):
-        return _layerwise(LayerFolder(model, device, dtype), batches, device, scratch, progress)
-    from transformers import AutoModelForCausalLM
+    if mode == "layerwise" or (mode == "auto" and not _fits(source or path, device, dtype)):
+        folder = LayerFolder(path, device, dtype, source)
+        return _layerwise(folder, source or path, batches, device, scratch, progress)
+    if source is not None:
+        made = load_model(source, dtype).to(device)
+    else:
+        from transformers import AutoModelForCausalLM
 
-    made = AutoModelForCausalLM.from_pretrained(model, dtype=dtype or "auto").to(device)
-    return _resident(made, batches, _modules(model, made), progress)
+        made = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto").to(device)
+    return _resident(made, batches, _modules(source or path, made), progress)
 
 
 def _modules(folder: Any, model: Any) -> MTPHead | None:
-    """Return modules of multi-token prediction of a folder, if it has some."""
+    """Return modules of multi-token prediction of a folder or a source, if it has some."""
     from slimmoe.mtp import MTPHead
 
-    if not Path(folder).is_dir() or not MTPHead.is_in(folder, model.config):
+    there = isinstance(folder, Source) or Path(folder).is_dir()
+    if not there or not MTPHead.is_in(folder, model.config):
         return None
     return MTPHead.from_pretrained(folder, model)
 
@@ -166,7 +204,7 @@ def _resident(
     observer = Observer(anatomy)
     device = model.get_input_embeddings().weight.device
     with (
-        _evaluating(model),
+        evaluating(model),
         torch.no_grad(),
         observer.watching(
             [*range(len(anatomy.layers)), *sorted(anatomy.mtp)], start=True, end=True
@@ -184,6 +222,7 @@ def _resident(
 
 def _layerwise(
     folder: LayerFolder,
+    source: Any,
     batches: Sequence[Batch],
     device: torch.device,
     scratch: str | os.PathLike[str] | None,
@@ -194,7 +233,7 @@ def _layerwise(
     steps = len(folder.anatomy.layers) * len(batches)
 
     def join() -> Callable[[Batch, Tensor], None] | None:
-        head = _modules(folder.path, folder.model)
+        head = _modules(source, folder.model)
         if head is None:
             return None
         folder.anatomy.join(head.eval())
@@ -237,15 +276,18 @@ def _check_ids(model: Any, batches: Sequence[Batch]) -> None:
         )
 
 
-def _fits(path: str | os.PathLike[str], device: torch.device, dtype: torch.dtype | None) -> bool:
-    infos = [info for shard in TensorFolder(path).shards.values() for info in shard]
-    need = sum(torch.Size(info.shape).numel() * (dtype or info.dtype).itemsize for info in infos)
+def _fits(source: Any, device: torch.device, dtype: torch.dtype | None) -> bool:
+    weights = source.weights if isinstance(source, Source) else FolderWeights(source)
+    need = sum(
+        math.prod(weights.shape(name)) * (dtype or weights.dtype(name)).itemsize for name in weights
+    )
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory_limits().free
     return need <= _WEIGHTS_SHARE * free
 
 
 @contextmanager
-def _evaluating(model: Any) -> Generator[None]:
+def evaluating(model: Any) -> Generator[None]:
+    """Have a model in eval mode, and set it back."""
     training = model.training
     model.eval()
     try:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
 
     from slimmoe.calibration.data import Batch
+    from slimmoe.weights import Source
 
 
 class LayerFolder:
@@ -38,25 +39,38 @@ class LayerFolder:
         anatomy: Of the model.
         path: The folder.
 
+    Args:
+        path: The folder.
+        device: For what is loaded.
+        dtype: Of it; None for that of the configuration.
+        source: Of the folder, whose tensors are read dequantised; None reads them as they are.
+
     Raises:
         ValueError: The weights are quantized.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], device: torch.device, dtype: torch.dtype | None
+        self,
+        path: str | os.PathLike[str],
+        device: torch.device,
+        dtype: torch.dtype | None,
+        source: Source | None = None,
     ) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        self._folder, self.path = TensorFolder(path), Path(path)
+        folder, self.path = TensorFolder(path), Path(path)
         self._device = device
+        self._folder: Any = folder
         config = AutoConfig.from_pretrained(path)
+        if source is not None:
+            self._folder, config = source.weights, source.config_class.from_dict(source.config)
         if getattr(config, "quantization_config", None) is not None:
             raise ValueError(
-                f"{path} has quantized weights; load it dequantized with transformers, save it, "
-                "and calibrate that folder"
+                f"{path} has quantized weights; give dequantize=True, or load it dequantized with "
+                "transformers, save it, and calibrate that folder"
             )
         if dtype is None:
-            dtype = config.dtype or _stored_dtype(self._folder)
+            dtype = config.dtype or _stored_dtype(folder)
         with torch.device("meta"):
             self.model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
         self.anatomy = Anatomy(self.model)
@@ -131,7 +145,7 @@ class LayerFolder:
         wrong += report.error_msgs
         if wrong:
             raise ValueError(
-                f"{self._folder.path}: {wrong[0]} is unknown to {type(self.model).__name__}, or "
+                f"{self.path}: {wrong[0]} is unknown to {type(self.model).__name__}, or "
                 "has another shape there"
             )
 
@@ -141,9 +155,7 @@ class LayerFolder:
                 own = {**child._parameters, **child._buffers}
                 for key, tensor in own.items():
                     if tensor is not None and tensor.is_meta:
-                        raise ValueError(
-                            f"{self._folder.path} has no weights for {name}.{key} of {place}"
-                        )
+                        raise ValueError(f"{self.path} has no weights for {name}.{key} of {place}")
 
 
 class Boundary:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 VERSION = 1
 _FORMAT = "slimmoe-calibration"
@@ -34,7 +34,7 @@ _EE, _EH, _EI = ({"axes": ("E", axis)} for axis in "EHI")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Sums:
+class Sums:
     """Sums over tokens. Tensors are float64, in the host's memory.
 
     Attributes:
@@ -48,6 +48,11 @@ class _Sums:
         """Axes of each tensor: E experts, H channels, I neurons of an expert."""
         fields = dataclasses.fields(cls)
         return {f.name: f.metadata["axes"] for f in fields if "axes" in f.metadata}
+
+    @classmethod
+    def maxima(cls) -> set[str]:
+        """Names of those tensors that are no sums but maxima."""
+        return {f.name for f in dataclasses.fields(cls) if _is_max(f)}
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name."""
@@ -71,7 +76,7 @@ def _is_max(of: Any) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ExpertStatistics(_Sums):
+class ExpertStatistics(Sums):
     """Sums of one MoE layer over tokens and, in all but the last two, over their selected experts.
 
     With w the exact weight that the model multiplies an expert's output y by and a that which its
@@ -105,7 +110,7 @@ class ExpertStatistics(_Sums):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class NormStatistics(_Sums):
+class NormStatistics(Sums):
     """Sums of one norm of the residual stream (arXiv:2605.08738, width pruning).
 
     Attributes:
@@ -118,7 +123,7 @@ class NormStatistics(_Sums):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class LayerStatistics(_Sums):
+class LayerStatistics(Sums):
     """Sum of the residual stream after a layer, or after the embeddings.
 
     Attributes:
@@ -128,7 +133,7 @@ class LayerStatistics(_Sums):
     output_sum: Tensor = field(metadata=_H)
 
 
-_S = TypeVar("_S", bound=_Sums)
+_S = TypeVar("_S", bound=Sums)
 
 
 class LayerCoverage(NamedTuple):
@@ -181,7 +186,7 @@ class CalibrationStatistics:
     embedding: LayerStatistics
     version: int = VERSION
 
-    def parts(self) -> Iterator[tuple[str, _Sums]]:
+    def parts(self) -> Iterator[tuple[str, Sums]]:
         """All sums with the names that they are stored under."""
         yield from ((f"experts.{index}", part) for index, part in self.experts.items())
         yield from ((f"norms.{name}", part) for name, part in self.norms.items())
@@ -205,12 +210,16 @@ class CalibrationStatistics:
         """
         if not (math.isfinite(weight) and weight > 0):
             raise ValueError(message("weight", "a positive finite number", weight, "choose one"))
+        return self.each(lambda part: part.scaled(weight))
+
+    def each(self, change: Callable[[Any], Any]) -> CalibrationStatistics:
+        """The same with all sums changed, in the order of `parts`."""
         return dataclasses.replace(
             self,
-            experts={index: part.scaled(weight) for index, part in self.experts.items()},
-            norms={name: part.scaled(weight) for name, part in self.norms.items()},
-            layers={index: part.scaled(weight) for index, part in self.layers.items()},
-            embedding=self.embedding.scaled(weight),
+            experts={index: change(part) for index, part in self.experts.items()},
+            norms={name: change(part) for name, part in self.norms.items()},
+            layers={index: change(part) for index, part in self.layers.items()},
+            embedding=change(self.embedding),
         )
 
     def __add__(self, other: CalibrationStatistics) -> CalibrationStatistics:

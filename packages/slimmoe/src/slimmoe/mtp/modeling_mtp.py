@@ -110,22 +110,22 @@ class MTPHead(nn.Module):
         )
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, model: Any) -> MTPHead:
+    def from_pretrained(cls, folder: str | Path | Source, model: Any) -> MTPHead:
         """Read the modules of a folder.
 
         Args:
-            folder: With a model and its modules.
+            folder: With a model and its modules, or a `slimmoe.weights.Source` of it.
             model: The same, loaded by transformers, which leaves modules aside.
 
         Raises:
             UnsupportedModelError: The family has none that are known.
             ValueError: The folder has none, or of another model.
         """
-        source = Source(folder)
+        source = folder if isinstance(folder, Source) else Source(folder)
         count = len({match.mtp for match in source.matches.values() if match.mtp is not None})
         if not count:
             remedy = "its files have no such tensors"
-            raise ValueError(message("folder", "modules of MTP", str(folder), remedy))
+            raise ValueError(message("folder", "modules of MTP", str(source.path), remedy))
         with torch.device("meta"):
             made = cls(model, count)
         weight = model.get_input_embeddings().weight
@@ -139,16 +139,17 @@ class MTPHead(nn.Module):
         return made.train(model.training)
 
     @staticmethod
-    def is_in(folder: str | Path, config: Any) -> bool:
+    def is_in(folder: str | Path | Source, config: Any) -> bool:
         """Return whether a folder has modules of a kind that is known.
 
         Args:
-            folder: With safetensors.
+            folder: With safetensors, or a `slimmoe.weights.Source` of it.
             config: Of its model.
         """
         if config.model_type not in _NAMES:
             return False
-        return any(match.mtp is not None for match in Source(folder).matches.values())
+        source = folder if isinstance(folder, Source) else Source(folder)
+        return any(match.mtp is not None for match in source.matches.values())
 
     # --- names on disk ---------------------------------------------------------------------------
 
