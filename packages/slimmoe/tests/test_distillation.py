@@ -102,7 +102,8 @@ def test_the_loss_is_that_of_the_formulas(kd_weight, temperature, tmp_path):
 def test_a_student_that_is_its_teacher(tmp_path):
     same = model("qwen3_moe")
     teacher = Teacher(model("qwen3_moe"))
-    found = trainer_of(tmp_path, same, teacher, data=rows(tokens(same, 8, 9)), max_steps=1)
+    found = trainer_of(tmp_path, same, teacher, data=rows(tokens(same, 8, 9)), max_steps=1,
+                       router_aux_loss_coef=0.0)  # fmt: skip
     found.train()
     told = found.state.log_history[0]
     assert abs(told["kl"]) < 1e-6
@@ -281,6 +282,29 @@ def test_options_that_there_are_not(tmp_path):
         with pytest.raises(ValueError, match=match):
             options(tmp_path, **changes)
     assert options(tmp_path, kd_weight=0.5).kd_weight == (0.5, 0.5)
+
+
+@pytest.mark.parametrize("flag", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_sharded_weights_are_refused(flag, tmp_path, monkeypatch):
+    """As a Trainer finds them on GPUs; on a CPU, accelerate leaves FSDP out."""
+    create = DistillationTrainer.create_accelerator_and_postprocess
+
+    def patched(trainer):
+        create(trainer)
+        setattr(trainer, flag, True)
+
+    monkeypatch.setattr(DistillationTrainer, "create_accelerator_and_postprocess", patched)
+    with pytest.raises(ValueError, match="weights that are sharded over processes"):
+        trainer_of(tmp_path)
+
+
+def test_copies_of_one_process_are_refused(tmp_path):
+    args = options(tmp_path)
+    args._n_gpu = 2
+    with pytest.raises(ValueError, match="several GPUs need as many processes"):
+        DistillationTrainer(smaller(), model("deepseek_v3", seed=9), args)
+    with pytest.raises(ValueError, match="ddp_find_unused_parameters: expected False"):
+        options(tmp_path, ddp_find_unused_parameters=True)
 
 
 def test_models_whose_logits_are_others(tmp_path):

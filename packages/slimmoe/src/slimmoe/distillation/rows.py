@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 IGNORED = -100
+#: Name of a batch's numbers of sequences in a cache.
+INDEX = "cache_index"
 
 
 def labels_of(inputs: Mapping[str, Any]) -> Tensor:

@@ -14,15 +14,23 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, Trainer
 
-from slimmoe.distillation.logit_cache import INDEX, TeacherLogitCache
-from slimmoe.distillation.rows import IGNORED, documents, labels_of, targets
+from slimmoe.distillation.alignment import (
+    TeacherCheck,
+    diagnosis,
+    tokenizer_of,
+    warn_of_student,
+)
+from slimmoe.distillation.balancing import LoadBalancing, row_masks
+from slimmoe.distillation.balancing import not_finite as router_not_finite
+from slimmoe.distillation.logit_cache import TeacherLogitCache
+from slimmoe.distillation.rows import IGNORED, INDEX, documents, labels_of, targets
 from slimmoe.distillation.schedules import cosine, linear
 from slimmoe.distillation.teacher import Teacher, check_head
 from slimmoe.mtp.files import write_modules
 from slimmoe.mtp.modeling_mtp import MTPHead
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Mapping
+    from collections.abc import Callable, Generator, Mapping, Sequence
 
     from shared_kernels.ops.distill.api import Distillation
     from torch import Tensor
@@ -39,7 +47,8 @@ class DistillationTrainer(Trainer):
     ``(1 - lambda) LM + lambda KD``, and for each module of multi-token prediction as much times
     beta (arXiv:2605.08738, section 3.3). The teacher's logits are made once for all of them, and
     none are there as a whole. Sums are divided by the number of predicted tokens of a step, so that
-    accumulated batches are as one.
+    accumulated batches, and those of several processes, are as one. The load of a student's experts
+    is evened out by a loss of its own; see `LoadBalancing`.
 
     Args:
         model: The student: a folder, a name on the Hub, or a model of transformers. Modules of MTP
@@ -52,7 +61,9 @@ class DistillationTrainer(Trainer):
 
     Raises:
         UnsupportedModelError: Logits of either are scaled, capped or have a bias.
-        ValueError: Weights that are sharded over processes, which is not supported.
+        ValueError: Weights that are sharded over processes, or copied to several GPUs by one, which
+            is not supported; a teacher whose tokens have other ids; or a coefficient for experts
+            that have no such loss.
     """
 
     def __init__(
@@ -64,8 +75,8 @@ class DistillationTrainer(Trainer):
         mtp: MTPHead | None = None,
         **options: Any,
     ) -> None:
-        if isinstance(model, str | Path):
-            folder = model
+        folder = model if isinstance(model, str | Path) else None
+        if folder is not None:
             model = AutoModelForCausalLM.from_pretrained(folder)
             if mtp is None and Path(folder).is_dir() and MTPHead.is_in(folder, model.config):
                 mtp = MTPHead.from_pretrained(folder, model)
@@ -80,15 +91,29 @@ class DistillationTrainer(Trainer):
         elif not isinstance(teacher, Teacher):
             loads = isinstance(teacher, str | Path)
             teacher = Teacher.from_pretrained(teacher) if loads else Teacher(teacher)
+        if args.check_teacher:
+            known = tokenizer_of(options.get("processing_class") or folder)
+            teacher.check_tokenizer(known)
         super().__init__(model, args, **options)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("args: weights that are sharded over processes are not supported")
+        if self.args.n_gpu > 1:
+            raise ValueError("args: several GPUs need as many processes; start with torchrun")
         if mtp is not None:
             self._student.add_module(_NAME, mtp.to(self.args.device))
+            if not any(args.mtp_weight):
+                # processes wait for the gradients of all that has one
+                mtp.requires_grad_(False)
         self.teacher = teacher.to(self.args.device) if isinstance(teacher, Teacher) else teacher
         # losses are sums over what `num_items_in_batch` counts
         self.model_accepts_loss_kwargs = True
+        self.balancing = LoadBalancing(
+            self._student, self._trained, args.router_aux_loss_coef, self._add_up
+        )
+        self._check = TeacherCheck() if args.check_teacher else None
+        self._first = args.check_teacher
         self._seen: dict[str, list[Tensor]] = {}
+        self._steps = 0
 
     @property
     def _student(self) -> Any:
@@ -97,19 +122,31 @@ class DistillationTrainer(Trainer):
 
     @property
     def mtp(self) -> MTPHead | None:
-        """Modules of multi-token prediction that are trained."""
+        """Modules of multi-token prediction that are saved with the model."""
         return getattr(self._student, _NAME, None)
 
-    # --- the loss --------------------------------------------------------------------------------
+    @property
+    def _trained(self) -> MTPHead | None:
+        args: Any = self.args
+        return self.mtp if any(args.mtp_weight) else None
+
+    def _add_up(self, tensor: Tensor) -> Tensor:
+        """Return the sum over processes."""
+        return self.accelerator.reduce(tensor, "sum") if self.args.world_size > 1 else tensor
+
+    # --- schedules -------------------------------------------------------------------------------
 
     @property
-    def weights(self) -> tuple[float, float]:
-        """Weights of distillation and of modules now."""
+    def weights(self) -> tuple[float, float, float]:
+        """Weights now: of distillation, of modules, and of distillation in them."""
         args: Any = self.args
         begin, end = args.schedule_span
         share = self.state.global_step / max(1, self.state.max_steps)
         share = begin + (end - begin) * min(1.0, share)
-        return linear(share, *args.kd_weight), cosine(share, *args.mtp_weight)
+        inside = args.kd_weight if args.mtp_kd_weight is None else args.mtp_kd_weight
+        return (
+            linear(share, *args.kd_weight), cosine(share, *args.mtp_weight), linear(share, *inside),
+        )  # fmt: skip
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Return a schedule of the rate of learning: that of the whole run, from where this begins.
@@ -137,18 +174,51 @@ class DistillationTrainer(Trainer):
         self.lr_scheduler = LambdaLR(made.optimizer, rates)
         return self.lr_scheduler
 
+    # --- batches ---------------------------------------------------------------------------------
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
+        """Return the batches of a step and their number of tokens; see ``Trainer``."""
+        batches, count = super().get_batch_samples(*args, **kwargs)
+        if batches:
+            self._steps += 1
+        if batches and self.balancing.coefficient:
+            self._begin(batches)
+        return batches, count
+
+    def _begin(self, batches: list[Any]) -> None:
+        """Tell the load of experts what step begins."""
+        args: Any = self.args
+        masks = [torch.stack([mask.sum() for mask in self._masks(batch)]) for batch in batches]
+        rows = torch.stack(masks).sum(0).to(args.device)
+        if args.average_tokens_across_devices:
+            rows = self._add_up(rows)
+        ahead = list(map(self._chosen, batches[1:])) if args.balance_ahead else []
+        self.balancing.begin(rows.tolist(), len(batches), ahead or None)
+
+    @torch.no_grad()
+    def _chosen(self, batch: Any) -> Tensor:
+        """Return how often a batch's tokens choose each expert."""
+        inputs: Any = self._prepare_inputs(batch)
+        self._student.train()
+        with self.balancing.watching() as routed:
+            self._states(self._student, inputs)
+        return self.balancing.counts(routed, self._masks(inputs))
+
+    def _masks(self, inputs: Mapping[str, Any]) -> list[Tensor]:
+        return row_masks(inputs, 0 if self._trained is None else len(self._trained.modules_))
+
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
         counted = [self._targets(batch, 0)[0].ne(IGNORED).sum() for batch in batch_samples]
         if not counted:
             return None
         found = torch.stack(counted).sum().to(device)
-        if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            found = self.accelerator.gather(found).sum()
-        return found
+        return self._add_up(found) if self.args.average_tokens_across_devices else found
 
     @staticmethod
     def _targets(inputs: Mapping[str, Any], depth: int) -> tuple[Tensor, Tensor]:
         return targets(labels_of(inputs), documents(inputs), depth)
+
+    # --- the loss --------------------------------------------------------------------------------
 
     def compute_loss(
         self,
@@ -158,51 +228,75 @@ class DistillationTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """Return the loss of a batch; see ``Trainer.compute_loss``."""
-        args: Any = self.args
-        student: Any = self.accelerator.unwrap_model(model)
-        known = {key: value for key, value in inputs.items() if key not in ("labels", INDEX)}
-        with _last_hidden(student) as seen:
-            outputs = model(**known, use_cache=False, logits_to_keep=1)
-        hidden, head = [seen[0]], self.mtp
-        kd_weight, mtp_weight = self.weights
-        if head is not None and mtp_weight:
-            mask = known.get("attention_mask")
-            hidden += head(seen[0], known["input_ids"], mask, known.get("position_ids"))
+        with self.balancing.watching() as routed:
+            outputs, hidden = self._states(model, inputs)
         pairs = [self._targets(inputs, depth) for depth in range(len(hidden))]
-        common: dict[str, Any] = {
-            "temperature": args.temperature, "num_items": num_items_in_batch,
-            "kd_weight": kd_weight,
-        }  # fmt: skip
-        head_weights = [1.0, *[mtp_weight] * (len(hidden) - 1)]
         states = [given.flatten(0, 1) for given in hidden]
-        weight = student.get_output_embeddings().weight
-        if isinstance(self.teacher, TeacherLogitCache):
-            size = known["input_ids"].shape[1]
-            said = self._said(inputs, size, weight.device)
-            heads = [
-                self._sparse(given, weight, said, labels, rows, common)
-                for given, (labels, rows) in zip(states, pairs, strict=True)
-            ]
-            terms = [share * head.loss for share, head in zip(head_weights, heads, strict=True)]
-            loss = torch.stack(terms).sum()
-        else:
-            found = fused_linear_distillation_heads(
-                states, weight, self.teacher(known).flatten(0, 1), self.teacher.weight,
-                [labels for labels, _ in pairs], rows=[rows for _, rows in pairs],
-                head_weights=head_weights, **common,
-            )  # fmt: skip
-            loss, heads = found.loss, found.heads
+        loss, heads = self._distilled(model, inputs, states, pairs, num_items_in_batch)
         if not torch.isfinite(loss.detach()):
-            raise FloatingPointError(
-                f"loss: {float(loss.detach())} at step {self.state.global_step}; look for a rate "
-                "of learning that is too high, or for data or weights that are not finite"
-            )
+            asked = isinstance(self.teacher, Teacher)
+            raise FloatingPointError(diagnosis(
+                float(loss.detach()), self.state.global_step,
+                self.teacher(inputs) if asked else None, router_not_finite(routed),
+            ))  # fmt: skip
         if model.training:
             self._note(heads, num_items_in_batch)
+            balance = self.balancing.loss(routed, self._masks(inputs))
+            if self.balancing.coefficient:
+                loss = loss + self.balancing.coefficient * balance.to(loss)
+                self._note_one("load_balancing", balance, num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # what processes have is averaged afterwards
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
+
+    def _states(self, model: Any, inputs: Mapping[str, Any]) -> tuple[Any, list[Tensor]]:
+        """Return what a model says, and last hidden states of it and of modules, (B, T - k, D)."""
+        known = {key: value for key, value in inputs.items() if key not in ("labels", INDEX)}
+        with _last_hidden(self.accelerator.unwrap_model(model)) as seen:
+            outputs = model(**known, use_cache=False, logits_to_keep=1)
+        hidden, head = [seen[0]], self._trained
+        if head is not None:
+            mask = known.get("attention_mask")
+            hidden += head(seen[0], known["input_ids"], mask, known.get("position_ids"))
+        return outputs, hidden
+
+    def _distilled(
+        self, model: nn.Module, inputs: Mapping[str, Any], states: list[Tensor],
+        pairs: list[tuple[Tensor, Tensor]], num_items: Any,
+    ) -> tuple[Tensor, Sequence[Distillation]]:  # fmt: skip
+        """Return the loss of all heads together, and of each."""
+        args: Any = self.args
+        kd_weight, mtp_weight, inside = self.weights
+        common: dict[str, Any] = {"temperature": args.temperature, "num_items": num_items}
+        kd_weights = [kd_weight, *[inside] * (len(states) - 1)]
+        head_weights = [1.0, *[mtp_weight] * (len(states) - 1)]
+        student: Any = self.accelerator.unwrap_model(model)
+        weight = student.get_output_embeddings().weight
+        if isinstance(self.teacher, TeacherLogitCache):
+            said = self._said(inputs, inputs["input_ids"].shape[1], weight.device)
+            heads = [
+                self._sparse(given, weight, said, labels, rows, common | {"kd_weight": share})
+                for given, (labels, rows), share in zip(states, pairs, kd_weights, strict=True)
+            ]
+            terms = [share * head.loss for share, head in zip(head_weights, heads, strict=True)]
+            return torch.stack(terms).sum(), heads
+        theirs = self.teacher(inputs).flatten(0, 1)
+        if self._check is not None and not self._check.over:
+            self._check.see(theirs, self.teacher.weight, pairs[0][0], IGNORED)
+        found = fused_linear_distillation_heads(
+            states, weight, theirs, self.teacher.weight,
+            [labels for labels, _ in pairs], rows=[rows for _, rows in pairs],
+            head_weights=head_weights, kd_weight=kd_weights, **common,
+        )  # fmt: skip
+        if self._first:
+            self._first = False
+            kl: Any = found.heads[0].kl
+            if num_items is not None:
+                # of this batch alone
+                kl = kl * num_items / (pairs[0][0] != IGNORED).sum().clamp(min=1)
+            warn_of_student(float(kl), len(weight))
+        return found.loss, found.heads
 
     def _said(
         self, inputs: Mapping[str, Any], size: int, device: torch.device
@@ -227,6 +321,14 @@ class DistillationTrainer(Trainer):
             weights=numbers if sampled else None, **common,
         )  # fmt: skip
 
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Evaluate rows without labels, too; see ``Trainer.prediction_step``."""
+        return super().prediction_step(
+            model, {**inputs, "labels": labels_of(inputs)}, *args, **kwargs
+        )
+
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns: Any = self._signature_columns
@@ -234,25 +336,31 @@ class DistillationTrainer(Trainer):
             columns.append(INDEX)
 
     def _note(self, heads: Any, num_items: Any) -> None:
-        steps = 1 if num_items is not None else self.args.gradient_accumulation_steps
         for depth, head in enumerate(heads):
             before = f"mtp{depth}_" if depth else ""
             # of drawn tokens only the cross entropy is known
             terms = ("kl", "entropy", "agreement") if head.kl is not None else ("cross_entropy",)
             for name in ("lm", *terms):
-                value = getattr(head, name).detach() / steps
-                self._seen.setdefault(before + name, []).append(value)
+                self._note_one(before + name, getattr(head, name), num_items)
+
+    def _note_one(self, name: str, value: Tensor, num_items: Any) -> None:
+        steps = 1 if num_items is not None else self.args.gradient_accumulation_steps
+        self._seen.setdefault(name, []).append(value.detach() / steps)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log the terms of the loss, too, each a mean over steps since the last time."""
         if "loss" in logs and self._seen:
-            steps = max(1, len(self._seen["lm"]) // self.args.gradient_accumulation_steps)
-            for name, values in self._seen.items():
-                logs[name] = float(torch.stack(values).sum()) / steps
-            logs["kd_weight"], mtp_weight = self.weights
+            sums = self._add_up(torch.stack([torch.stack(v).sum() for v in self._seen.values()]))
+            if not self.args.average_tokens_across_devices:
+                sums = sums / self.accelerator.num_processes
+            for name, value in zip(self._seen, sums.tolist(), strict=True):
+                logs[name] = value / max(1, self._steps)
+            logs |= self.balancing.load()
+            logs["kd_weight"], mtp_weight, inside = self.weights
             if self.mtp is not None:
-                logs["mtp_weight"] = mtp_weight
+                logs |= {"mtp_weight": mtp_weight, "mtp_kd_weight": inside}
             self._seen.clear()
+            self._steps = 0
         super().log(logs, *args, **kwargs)
 
     # --- files -----------------------------------------------------------------------------------

@@ -82,7 +82,8 @@ def acceptance_rate(
         wanted = torch.stack([answer[:, begin + 2 + d : end + 2 + d] for d in range(depth)], 1)
         # what is behind the end of an answer is padding
         last = _ends(answer, ids.shape[1], model.generation_config.eos_token_id)
-        within = torch.arange(begin + 1 + depth, end + 1 + depth, device=ids.device) <= last[:, None]
+        place = torch.arange(begin + 1 + depth, end + 1 + depth, device=ids.device)
+        within = place <= last[:, None]
         found = (drafted == wanted).cummin(1).values & within[:, None]
         right += found.sum((0, 2)).cpu()
         positions += int(within.sum())
@@ -94,7 +95,7 @@ def acceptance_rate(
 
 
 def _ends(answer: Tensor, begin: int, ends: Any) -> Tensor:
-    """Return the place of each answer's last token ``(B,)``: the first that ends it, or the last."""
+    """Return the place of each answer's last token ``(B,)``."""
     known = [] if ends is None else torch.as_tensor(ends).flatten().tolist()
     over = torch.zeros_like(answer[:, begin:], dtype=torch.bool)
     for end in known:
