@@ -163,6 +163,7 @@ def run_arm(
         args = DistillationArguments(
             str(run), max_steps=steps, per_device_train_batch_size=batch, learning_rate=rate,
             kd_weight=arm.kd, mtp_weight=arm.mtp, mtp_kd_weight=arm.mtp_kd,
+            router_aux_loss_coef=0.0,
             schedule_span=stage.span, warmup_steps=max(1, len(rows) // batch // 20),
             lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.075},
             weight_decay=0.1, adam_beta2=0.95, save_strategy="no", report_to="none",

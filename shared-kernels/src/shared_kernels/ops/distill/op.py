@@ -144,7 +144,9 @@ class WithGradients(autograd.Function):
         wanted = ctx.needs_input_grad[2 : 2 + len(known)]
         # rounded as it is written, without a copy in between
         found = [
-            torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype)) if need else None
+            torch.mul(gradient, scale, out=gradient.new_empty(gradient.shape, dtype=dtype))
+            if need
+            else None
             for gradient, dtype, need in zip(known, ctx.dtypes, wanted, strict=True)
         ]
         return None, None, *found, *[None] * len(known)
