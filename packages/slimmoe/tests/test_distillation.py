@@ -57,8 +57,11 @@ def term(logits, teacher, labels, kd_weight, temperature=1.0):
     return (1 - kd_weight) * lm + kd_weight * temperature**2 * kd
 
 
-def written_out(student, teacher, head, ids, kd_weight, mtp_weight, temperature=1.0):
+def written_out(
+    student, teacher, head, ids, kd_weight, mtp_weight, temperature=1.0, mtp_kd_weight=None
+):
     """The loss of a batch without padding, row by row."""
+    inside = kd_weight if mtp_kd_weight is None else mtp_kd_weight
     theirs = teacher(ids).logits
     hidden = student.get_decoder()(ids).last_hidden_state
     batch, size = ids.shape
@@ -68,8 +71,8 @@ def written_out(student, teacher, head, ids, kd_weight, mtp_weight, temperature=
         logits = student.lm_head(given)
         for b in range(batch):
             for i in range(size - depth - 1):
-                one = term(logits[b, i], theirs[b, i + depth], ids[b, i + depth + 1], kd_weight,
-                           temperature)  # fmt: skip
+                one = term(logits[b, i], theirs[b, i + depth], ids[b, i + depth + 1],
+                           inside if depth else kd_weight, temperature)  # fmt: skip
                 total = total + one * (mtp_weight if depth else 1.0) / count
     return total
 
@@ -97,6 +100,20 @@ def test_the_loss_is_that_of_the_formulas(kd_weight, temperature, tmp_path):
         torch.testing.assert_close(slopes[name], p.grad, rtol=1e-3, atol=1e-6)
     assert any(name.startswith("mtp_head") for name in slopes)
     assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_modules_with_a_weight_of_distillation_of_their_own(tmp_path):
+    teacher, (student, head) = model("deepseek_v3", seed=9), head_of("deepseek_v3", 2, seed=5)
+    found = trainer_of(tmp_path, student, teacher, head, kd_weight=(0.9, 0.1),
+                       mtp_kd_weight=(0.2, 0.8), mtp_weight=(0.3, 0.3))  # fmt: skip
+    ids = tokens(teacher, 3, 7)
+    found.state.max_steps, found.state.global_step = 4, 1
+    assert found.weights == pytest.approx((0.7, 0.3, 0.35))
+    loss = found.compute_loss(student, {"input_ids": ids}, num_items_in_batch=torch.tensor(18))
+    wanted = written_out(student, teacher, head, ids, 0.7, 0.3, mtp_kd_weight=0.35)
+    assert float(loss.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
+    with pytest.raises(ValueError, match="mtp_kd_weight: expected numbers from 0 to 1"):
+        options(tmp_path, mtp_kd_weight=(0.0, 2.0))
 
 
 def test_a_student_that_is_its_teacher(tmp_path):
