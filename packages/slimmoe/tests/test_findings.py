@@ -51,7 +51,7 @@ def test_a_difference_is_that_of_paired_runs(tmp_path):
     assert row.high == pytest.approx(-0.03, abs=2e-3)
     half = 4.302652729911275 * 0.01 / 3**0.5
     assert (row.t_low, row.t_high) == pytest.approx((-0.04 - half, -0.04 + half), abs=1e-5)
-    assert "| F1 | pruned and distilled - random and distilled | loss | -0.0400 |" in (
+    assert "| F1 | pruned and distilled - random and distilled | loss | 3 | -0.0400 |" in (
         report.markdown([row])
     )
 
