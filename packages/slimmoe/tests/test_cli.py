@@ -68,8 +68,9 @@ def test_from_data_to_a_checked_model(folder, capsys):
 def test_distillation_goes_on(folder, capsys):
     before, after, out = folder / "before", folder / "after", folder / "run"
     run(capsys, "compress", before, after, "--drop-layers", 1)
-    args = ("distill", after, before, folder / "data.jsonl", "--out", out, "--batch-size", 4,
-            "--save-steps", 2, "--logging-steps", 1, "--learning-rate", 1e-3)  # fmt: skip
+    plain = ("distill", after, before, folder / "data.jsonl", "--batch-size", 4,
+             "--save-steps", 2, "--logging-steps", 1, "--learning-rate", 1e-3)  # fmt: skip
+    args = (*plain, "--out", out)
     status, text, err = run(capsys, *args, "--steps", 4, "--json")
     assert status == 0, err
     told = json.loads(text)
@@ -91,6 +92,20 @@ def test_distillation_goes_on(folder, capsys):
     assert status == 0
     assert (out / "checkpoint-6").is_dir()
     assert "kd_weight" in text
+    # a teacher whose layers stay in the host's memory says the same
+    status, text, err = run(capsys, *plain, "--out", folder / "streamed", "--steps", 4, "--offload",
+                            "--json")  # fmt: skip
+    assert status == 0, err
+    streamed = json.loads(text)
+    assert all(streamed[name] == told[name] for name in ("kl", "lm", "load_balancing"))
+    status, _, err = run(capsys, *plain, "--out", folder / "x", "--steps", 1, "--offload", "--cache",
+                         folder / "cache")  # fmt: skip
+    assert status == 2
+    assert "offload: expected no cache beside it" in err
+    status, text, err = run(capsys, *plain, "--out", folder / "plain", "--steps", 1, "--json",
+                            "--router-aux-loss-coef", 0)  # fmt: skip
+    assert status == 0, err
+    assert "load_balancing" not in json.loads(text)
 
 
 def test_tables_for_people(folder, capsys):

@@ -295,7 +295,7 @@ def test_quantised_weights_are_refused(name, tmp_path):
     state = load_file(folder / "model.safetensors")
     state[name] = torch.ones(2)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UnsupportedModelError, match="quantised; save the model dequantised"):
+    with pytest.raises(UnsupportedModelError, match="quantised, and no quantization_config"):
         Source(folder)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from filelock import FileLock
 from safetensors.torch import save_file
+from shared_kernels._checks import message
 from shared_kernels.files import write_text
 from slimmoe import CompressionConfig, compress
 from slimmoe.calibration import CalibrationStatistics, calibrate
@@ -86,6 +87,9 @@ class Blocks(torch.utils.data.Dataset):
     """Blocks as a Trainer takes them, in an order of a seed, the same for all arms."""
 
     def __init__(self, data: Data, count: int, seed: int) -> None:
+        if count > len(data.train):
+            remedy = "give fewer tokens, or more texts"
+            raise ValueError(message("tokens", f"{len(data.train)} blocks at most", count, remedy))
         draws = torch.Generator().manual_seed(1000 + seed)
         self._rows = torch.randperm(len(data.train), generator=draws)[:count]
         self._train = data.train

@@ -269,7 +269,8 @@ def shown(told: dict[str, Any]) -> str:
         made = told_of["versions"]
         machines.append(
             f"{told_of['gpu']['name']}; torch {made['torch']}, transformers "
-            f"{made['transformers']}; commit {told_of['commit'][:12]}; {told_of['date'][:10]}"
+            f"{made['transformers']}; commit {told_of['commit'][:12]}"
+            f"{' and changes' if told_of['dirty'] else ''}; {told_of['date'][:10]}"
         )
     return f"{markdown(rows)}\n" + "\n".join(lines) + f"\n\n{'. '.join(machines)}.\n"
 

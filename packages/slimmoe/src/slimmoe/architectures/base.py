@@ -135,8 +135,8 @@ class Architecture:
         """
         if name.endswith(("_scale_inv", "_blocks", "_scales", ".qweight", ".qzeros", ".scales")):
             raise UnsupportedModelError(
-                f"{name}: its layer is quantised; save the model dequantised first, as "
-                "AutoModelForCausalLM.from_pretrained(..., dtype='bfloat16').save_pretrained does"
+                f"{name}: its layer is quantised, and no quantization_config of a kind that is "
+                "known says how; save the model dequantised, with the library that quantised it"
             )
         found = None
         for row in self.rows:

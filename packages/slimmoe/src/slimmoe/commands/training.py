@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
+from shared_kernels._checks import message
 from shared_kernels.console import JsonFlag, print_json, print_table
 
 from slimmoe.configuration import CompressionConfig
@@ -84,6 +85,8 @@ class Recipe:
         kd_weight: Of distillation against the language model's loss, at the begin and at the end.
         mtp_weight: Of modules of multi-token prediction, at the begin and at the end.
         temperature: Of both laws.
+        router_aux_loss_coef: Of the loss that evens out the load of experts; by default the
+            model's own, and 0 is without.
         save_steps: Between checkpoints.
         logging_steps: Between lines of the log.
         seed: Of the order of sequences.
@@ -97,6 +100,7 @@ class Recipe:
     kd_weight: tuple[float, float] = (1.0, 0.75)
     mtp_weight: tuple[float, float] = (0.3, 0.1)
     temperature: float = 1.0
+    router_aux_loss_coef: float | None = None
     save_steps: int = 500
     logging_steps: int = 10
     seed: int = 0
@@ -116,6 +120,7 @@ def distill(
     out: Path,
     steps: int,
     cache: Path | None = None,
+    offload: bool = False,
     json_output: JsonFlag = False,
 ) -> int:
     """Train a compressed model on texts and on what its teacher says of them; goes on if stopped.
@@ -130,12 +135,14 @@ def distill(
         out: Folder for checkpoints and the last model.
         steps: Of the optimizer.
         cache: Of `slimmoe cache-teacher` with the same data; the teacher is not loaded then.
+        offload: Keep the teacher's layers in the host's memory, and copy each while the one before
+            it runs.
         json_output: Print JSON.
     """
     from slimmoe.compression import fetched
 
     rows = _sequences(teacher, data, recipe.sequence_length)
-    known, dataset = _teacher(teacher, cache, rows)
+    known, dataset = _teacher(teacher, cache, offload, rows)
     told = _train(fetched(student), known, dataset, out, recipe, steps, teacher)
     if json_output:
         return print_json({"out": str(out / "final"), "sequences": len(rows), **told})
@@ -156,6 +163,7 @@ def progressive(
     period: int = 1,
     calibration_sequences: int = 1024,
     cache: Path | None = None,
+    offload: bool = False,
     resume: bool = True,
     json_output: JsonFlag = False,
 ) -> int:
@@ -177,6 +185,8 @@ def progressive(
         period: Layers that make a pattern: half of what goes is rounded to whole ones.
         calibration_sequences: That each stage measures its student on, spread over the data.
         cache: Of `slimmoe cache-teacher` with the same data; the source teaches through it then.
+        offload: Keep the teacher's layers in the host's memory, and copy each while the one before
+            it runs.
         resume: Whether to go on with what is in OUT.
         json_output: Print JSON.
     """
@@ -190,7 +200,7 @@ def progressive(
 
     folder = fetched(source)
     rows = _sequences(source, data, recipe.sequence_length)
-    known, dataset = _teacher(source, cache, rows)
+    known, dataset = _teacher(source, cache, offload, rows)
     step = recipe.sequences * max(len(row["input_ids"]) for row in rows)
     steps = [-(-size // step) for size in tokens]
     made = ProgressiveSchedule.make(
@@ -234,13 +244,19 @@ def progressive(
     return 0
 
 
-def _teacher(teacher: str, cache: Path | None, rows: list[dict[str, Any]]) -> tuple[Any, Any]:
+def _teacher(
+    teacher: str, cache: Path | None, offload: bool, rows: list[dict[str, Any]]
+) -> tuple[Any, Any]:
     """Return what teaches, and its dataset."""
     from slimmoe.compression import fetched
-    from slimmoe.distillation import TeacherLogitCache
+    from slimmoe.distillation import Teacher, TeacherLogitCache
 
     if cache is None:
-        return fetched(teacher), rows
+        folder = fetched(teacher)
+        return Teacher.from_pretrained(folder, offload=True) if offload else folder, rows
+    if offload:
+        remedy = "a cache needs no teacher"
+        raise ValueError(message("offload", "no cache beside it", str(cache), remedy))
     known = TeacherLogitCache(cache)
     return known, known.attach(rows)
 
@@ -263,6 +279,7 @@ def _train(
         warmup_steps=recipe.warmup_steps, lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": 3 / 40}, kd_weight=recipe.kd_weight,
         mtp_weight=recipe.mtp_weight, temperature=recipe.temperature, schedule_span=span,
+        router_aux_loss_coef=recipe.router_aux_loss_coef,
         save_steps=recipe.save_steps, logging_steps=min(recipe.logging_steps, steps),
         seed=recipe.seed,
         report_to=[], save_total_limit=2,
