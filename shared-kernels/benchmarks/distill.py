@@ -7,9 +7,9 @@ tokens in bfloat16:
 - ``naive`` is plain autograd with float32 losses of all logits at once, where those fit.
 - ``liger`` is Liger-Kernel's fused linear JSD at beta 0, which is KL alone, where it is installed.
 
-``precision`` has a teacher close to its student, at a KL of 0.005 nats. Its parameters in the result
-file hold relative errors of gradients against float64: of ours, of autograd from logits in
-bfloat16, and of rounding the exact ones to bfloat16.
+``precision`` has a teacher close to its student, at a KL of 0.005 nats; parameters of its result
+hold relative errors of gradients against float64: of ours, of autograd from logits in bfloat16, and
+of rounding the exact ones to bfloat16.
 
 ``heads`` has a module for multi-token prediction beside the backbone, in one call and in two, and
 ``sparse`` 64 cached tokens of a teacher instead of the teacher.
@@ -212,7 +212,6 @@ def _precision(device, tokens, vocabulary, width):
         for arm, run in ways.items()
     }
     params = inputs.shapes | {"teacher_width": width, "kl": kl.item(), "gradient errors": errors}
-    del wide, exact
     counts = _counts(inputs, 4 * width)
     return Workload(
         name=f"distill-precision/{tokens} tokens, V={vocabulary}",

@@ -98,8 +98,8 @@ def test_distillation_goes_on(folder, capsys):
     assert status == 0, err
     streamed = json.loads(text)
     assert all(streamed[name] == told[name] for name in ("kl", "lm", "load_balancing"))
-    status, _, err = run(capsys, *plain, "--out", folder / "x", "--steps", 1, "--offload", "--cache",
-                         folder / "cache")  # fmt: skip
+    both = ("--offload", "--cache", folder / "cache")
+    status, _, err = run(capsys, *plain, "--out", folder / "x", "--steps", 1, *both)
     assert status == 2
     assert "offload: expected no cache beside it" in err
     status, text, err = run(capsys, *plain, "--out", folder / "plain", "--steps", 1, "--json",

@@ -253,9 +253,10 @@ class Observer:
         Raises:
             RuntimeError: Experts of a layer computed without being seen.
         """
+        # while sums are on a device, which adds them faster
+        self.check(everything=True)
         for layer in self._sums:
             self.release(layer)
-        self.check(everything=True)
         for layer in self._anatomy.routed:
             parts = self._sums[layer]
             seen = parts.get("experts", {}).get("tokens", 0)
