@@ -41,6 +41,7 @@ def teacher(device):
     streamed = Teacher(model_of(device), offload=True, device=device)
     resident = Teacher(model_of(device), device=device)
     size = sum(p.nbytes for layer in resident.model.model.layers for p in layer.parameters())
+    copied = size if device == "cuda" else 0
     for rows in (8, 32, 64) if device == "cuda" else (2,):
         ids = torch.randint(1024, (rows, 2048 if device == "cuda" else 512), device=device)
         ways = {
@@ -58,5 +59,5 @@ def teacher(device):
             params={"layers": LAYERS, "bytes of layers": size, "tokens": ids.numel(),
                     "weights": "random", "model": "Qwen3-MoE"},
             arms=[Arm(name="resident", fn=ways["resident"]),
-                  Arm(name="streamed", fn=ways["streamed"], h2d_bytes=size if device == "cuda" else 0)],
+                  Arm(name="streamed", fn=ways["streamed"], h2d_bytes=copied)],
         )  # fmt: skip
