@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ import torch
 from shared_kernels._checks import message
 from shared_kernels.ops.distill import fused_linear_distillation_heads, sparse_distillation
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, Trainer
 
@@ -30,7 +30,7 @@ from slimmoe.mtp.files import write_modules
 from slimmoe.mtp.modeling_mtp import MTPHead
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from shared_kernels.ops.distill.api import Distillation
     from torch import Tensor
@@ -48,7 +48,8 @@ class DistillationTrainer(Trainer):
     beta (arXiv:2605.08738, section 3.3). The teacher's logits are made once for all of them, and
     none are there as a whole. Sums are divided by the number of predicted tokens of a step, so that
     accumulated batches, and those of several processes, are as one. The load of a student's experts
-    is evened out by a loss of its own; see `LoadBalancing`.
+    is evened out by a loss of its own; see `LoadBalancing`. With several processes, DDP and FSDP2
+    are supported (``fsdp`` of the arguments); a teacher is there as a whole in each of them.
 
     Args:
         model: The student: a folder, a name on the Hub, or a model of transformers. Modules of MTP
@@ -61,9 +62,9 @@ class DistillationTrainer(Trainer):
 
     Raises:
         UnsupportedModelError: Logits of either are scaled, capped or have a bias.
-        ValueError: Weights that are sharded over processes, or copied to several GPUs by one, which
-            is not supported; a teacher whose tokens have other ids; or a coefficient for experts
-            that have no such loss.
+        ValueError: Weights that are sharded by DeepSpeed or by FSDP's first version, or copied to
+            several GPUs by one process, which is not supported; a teacher whose tokens have other
+            ids; or a coefficient for experts that have no such loss.
     """
 
     def __init__(
@@ -95,8 +96,10 @@ class DistillationTrainer(Trainer):
             known = tokenizer_of(options.get("processing_class") or folder)
             teacher.check_tokenizer(known)
         super().__init__(model, args, **options)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError("args: weights that are sharded over processes are not supported")
+        if self.is_deepspeed_enabled:
+            raise ValueError("args: DeepSpeed is not supported; FSDP2 shards weights as well: fsdp")
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+            raise ValueError(message("fsdp_config", "version 2", 1, "version 1 is not supported"))
         if self.args.n_gpu > 1:
             raise ValueError("args: several GPUs need as many processes; start with torchrun")
         if mtp is not None:
@@ -201,7 +204,7 @@ class DistillationTrainer(Trainer):
         inputs: Any = self._prepare_inputs(batch)
         self._student.train()
         with self.balancing.watching() as routed:
-            self._states(self._student, inputs)
+            self._with_head(self._student, inputs, lambda hidden: hidden[0].new_zeros(()))
         return self.balancing.counts(routed, self._masks(inputs))
 
     def _masks(self, inputs: Mapping[str, Any]) -> list[Tensor]:
@@ -228,11 +231,17 @@ class DistillationTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """Return the loss of a batch; see ``Trainer.compute_loss``."""
+        pairs: list[tuple[Tensor, Tensor]] = []
+        heads: list[Distillation] = []
+
+        def distil(hidden: list[Tensor]) -> Tensor:
+            pairs[:] = [self._targets(inputs, depth) for depth in range(len(hidden))]
+            states = [given.flatten(0, 1) for given in hidden]
+            found, heads[:] = self._distilled(inputs, states, pairs, num_items_in_batch)
+            return found
+
         with self.balancing.watching() as routed:
-            outputs, hidden = self._states(model, inputs)
-        pairs = [self._targets(inputs, depth) for depth in range(len(hidden))]
-        states = [given.flatten(0, 1) for given in hidden]
-        loss, heads = self._distilled(model, inputs, states, pairs, num_items_in_batch)
+            outputs, loss = self._with_head(model, inputs, distil)
         if not torch.isfinite(loss.detach()):
             asked = isinstance(self.teacher, Teacher)
             raise FloatingPointError(diagnosis(
@@ -250,19 +259,52 @@ class DistillationTrainer(Trainer):
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
-    def _states(self, model: Any, inputs: Mapping[str, Any]) -> tuple[Any, list[Tensor]]:
-        """Return what a model says, and last hidden states of it and of modules, (B, T - k, D)."""
+    def _with_head(
+        self, model: Any, inputs: Mapping[str, Any], function: Callable[[list[Tensor]], Tensor]
+    ) -> tuple[Any, Tensor]:
+        """Run a model, with a function in the place of its head.
+
+        There the weights of the head are whole, also where processes have a part of them each; and
+        what the function gives leaves the model in the place of logits, so that whatever wraps it
+        knows that there will be gradients.
+
+        Args:
+            model: As processes wrap it.
+            inputs: Of a batch.
+            function: Of last hidden states of the model and of modules, ``(B, T - k, D)``; gives a
+                number.
+
+        Returns:
+            What the model says, with the logits of the last token, and the number.
+        """
         known = {key: value for key, value in inputs.items() if key not in ("labels", INDEX)}
-        with _last_hidden(self.accelerator.unwrap_model(model)) as seen:
-            outputs = model(**known, use_cache=False, logits_to_keep=1)
-        hidden, head = [seen[0]], self._trained
-        if head is not None:
-            mask = known.get("attention_mask")
-            hidden += head(seen[0], known["input_ids"], mask, known.get("position_ids"))
-        return outputs, hidden
+        head, modules = self._student.get_output_embeddings(), self._trained
+        forward, kept = head.forward, []
+
+        def instead(hidden: Tensor) -> Tensor:
+            states = [hidden]
+            if modules is not None:
+                mask = known.get("attention_mask")
+                states += modules(hidden, known["input_ids"], mask, known.get("position_ids"))
+            found = function(states)
+            with torch.no_grad():
+                kept.extend([found.detach(), forward(hidden[:, -1:])])
+            return found
+
+        head.forward = instead
+        try:
+            outputs = model(**known, use_cache=False)
+        finally:
+            del head.forward
+        exact, last = kept
+        loss, outputs.logits = outputs.logits, last
+        if loss.dtype != exact.dtype:
+            # a wrapper has rounded it
+            loss = exact + (loss - loss.detach()).to(exact)
+        return outputs, loss
 
     def _distilled(
-        self, model: nn.Module, inputs: Mapping[str, Any], states: list[Tensor],
+        self, inputs: Mapping[str, Any], states: list[Tensor],
         pairs: list[tuple[Tensor, Tensor]], num_items: Any,
     ) -> tuple[Tensor, Sequence[Distillation]]:  # fmt: skip
         """Return the loss of all heads together, and of each."""
@@ -271,8 +313,7 @@ class DistillationTrainer(Trainer):
         common: dict[str, Any] = {"temperature": args.temperature, "num_items": num_items}
         kd_weights = [kd_weight, *[inside] * (len(states) - 1)]
         head_weights = [1.0, *[mtp_weight] * (len(states) - 1)]
-        student: Any = self.accelerator.unwrap_model(model)
-        weight = student.get_output_embeddings().weight
+        weight = self._student.get_output_embeddings().weight
         if isinstance(self.teacher, TeacherLogitCache):
             said = self._said(inputs, inputs["input_ids"].shape[1], weight.device)
             heads = [
@@ -379,7 +420,10 @@ class DistillationTrainer(Trainer):
         finally:
             self._student.add_module(_NAME, head)
         if self.args.should_save:
-            write_modules(output_dir or str(self.args.output_dir), head)
+            before = f"{_NAME}."
+            state = {key.removeprefix(before): value for key, value in whole.items()
+                     if key.startswith(before)}  # fmt: skip
+            write_modules(output_dir or str(self.args.output_dir), head, state)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         target: Any = self._student if model is None else model
@@ -390,23 +434,9 @@ class DistillationTrainer(Trainer):
         if self.mtp is not None:
             head = MTPHead.from_pretrained(resume_from_checkpoint, loaded)
             state |= {f"{_NAME}.{key}": value for key, value in head.state_dict().items()}
-        target.load_state_dict(state)
+        # of weights that are sharded, each process takes its part
+        set_model_state_dict(target, state, options=StateDictOptions(full_state_dict=True))
 
 
 def _later(rate: Callable[[int], float], first: int, step: int) -> float:
     return rate(first + step)
-
-
-@contextmanager
-def _last_hidden(model: Any) -> Generator[list[Tensor]]:
-    """Give a list that the model's last hidden states are put into when it runs."""
-    seen: list[Tensor] = []
-
-    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
-        seen.append(output.last_hidden_state)
-
-    handle = model.get_decoder().register_forward_hook(keep)
-    try:
-        yield seen
-    finally:
-        handle.remove()

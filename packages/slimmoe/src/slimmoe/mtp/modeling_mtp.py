@@ -21,7 +21,7 @@ from slimmoe.errors import UnsupportedModelError
 from slimmoe.weights import Source
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from torch import Tensor
@@ -205,13 +205,20 @@ class MTPHead(nn.Module):
                         read(f"{experts}{e}.down_proj.weight") for e in range(count)
                     ])  # fmt: skip
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Return tensors by their names on disk, experts apart as in released checkpoints."""
-        for depth, module in enumerate(self.modules_):
+    def tensors(self, state: Mapping[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Return tensors by their names on disk, experts apart as in released checkpoints.
+
+        Args:
+            state: Weights by their names here, where they are not those of ``state_dict()``.
+        """
+        state = self.state_dict() if state is None else state
+        for depth in range(len(self.modules_)):
             parts, prefix = self._names(depth)
+            before = f"modules_.{depth}."
             for part, name in zip(_PARTS, parts, strict=True):
-                yield f"{name}.weight", getattr(module, part).weight.detach()
-            for name, tensor in self._layer(depth).state_dict().items():
+                yield f"{name}.weight", state[f"{before}{part}.weight"]
+            for name in self._layer(depth).state_dict():
+                tensor = state[f"{before}layer.{name}"]
                 experts = f"{prefix}{name.rpartition('.')[0]}."
                 if name.endswith("experts.gate_up_proj"):
                     for e, both in enumerate(tensor):
