@@ -240,6 +240,20 @@ def test_what_was_stopped_goes_on(with_head, tmp_path):
     assert told[1] == told[0]
 
 
+def test_terms_are_means_over_steps(tmp_path):
+    each, pairs = (
+        [told for told in run.state.log_history if "kl" in told]
+        for run in (trainer_of(tmp_path, logging_steps=n) for n in (1, 2))
+        if run.train()
+    )
+    assert (len(each), len(pairs)) == (4, 2)
+    for number, pair in enumerate(pairs):
+        two = each[2 * number : 2 * number + 2]
+        for name in ("lm", "kl", "entropy", "loss"):
+            mean = sum(told[name] for told in two) / 2
+            assert pair[name] == pytest.approx(mean, rel=1e-5), name
+
+
 def test_folders_with_modules(tmp_path):
     student, head = head_of("deepseek_v3", seed=5)
     saved(student, head, tmp_path / "student")

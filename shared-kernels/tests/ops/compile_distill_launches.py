@@ -23,4 +23,7 @@ if __name__ == "__main__":
                             student, slope, indices, log_probs, rows, weights, weights, temperature,
                             -100, tail, torch.ones(3, 4),
                         )  # fmt: skip
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            launch.scaled(torch.ones(3, 5), torch.ones(()), dtype)
+        launch.scaled(torch.ones(3, 5).double(), torch.ones(()).double(), torch.float64)
     print(json.dumps(sorted(seen)))

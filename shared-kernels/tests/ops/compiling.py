@@ -10,7 +10,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 POINTERS = {
-    **DTYPES, torch.int32: "i32", torch.int64: "i64", torch.bool: "i1", torch.uint8: "u8",
+    **DTYPES, torch.float64: "fp64", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1",
+    torch.uint8: "u8",
 }  # fmt: skip
 #: Of one program on Hopper.
 SHARED_MEMORY = 227 * 1024

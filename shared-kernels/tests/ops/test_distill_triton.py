@@ -189,6 +189,24 @@ def test_op_checklist(kernel_device):
     check_op(op.linear_distillation, make_args, sizes=[13, 0, 1, 17])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_gradients_are_rounded_once(kernel_device, dtype):
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def make_args(size):
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(size, 1237, generator=generator, dtype=wide).to(kernel_device)
+        return x, torch.tensor(0.3, dtype=wide, device=kernel_device), dtype, "triton"
+
+    x, scale, *_ = make_args(7)
+    with poisoned_empty():
+        found = op.scaled(x.T, scale, dtype, "triton")
+    # the interpreter cuts bfloat16 off
+    near = 2**-7 if dtype == torch.bfloat16 and kernel_device != "cuda" else 0.0
+    torch.testing.assert_close(found, (x.T * scale).to(dtype), rtol=near, atol=0.0)
+    check_op(op.scaled, make_args, sizes=[3, 0, 1, 7])
+
+
 # --- a sparse teacher ---------------------------------------------------------------------------
 
 

@@ -15,6 +15,8 @@ from shared_kernels.ops.distill import chunks
 BLOCK: Final = 1024
 SMALL_BLOCK: Final = 128
 WARPS: Final = 8
+#: Numbers that a program scales.
+SCALED: Final = 4096
 #: Tokens of a sparse teacher that a program can hold.
 MOST_KNOWN: Final = 1024
 
@@ -131,3 +133,16 @@ def sparse_distillation(
     if (reason := sparse_unsupported(hidden, weight, indices)) is not None:
         raise KernelUnavailableError(f"impl='triton' cannot run: {reason}; use impl='reference'")
     return chunks.sparse_distillation(sparse_rows, hidden, weight, indices, *args)
+
+
+def scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x times a number of its dtype, rounded once to another."""
+    from shared_kernels.ops.distill import triton as kernels
+
+    x, out = x.contiguous(), x.new_empty(x.shape, dtype=dtype)
+    # launch options are not part of the function's signature
+    kernel: Any = kernels.scale_kernel
+    if x.numel():
+        with torch.cuda.device_of(x):
+            kernel[(-(-x.numel() // SCALED),)](x, scale, out, x.numel(), BLOCK=SCALED, num_warps=8)
+    return out

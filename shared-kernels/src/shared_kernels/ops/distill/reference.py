@@ -235,3 +235,8 @@ def sparse_distillation(
         d_hidden[rows] = slope @ head
     d_weight = slope.T @ states[rows] if grad_weight else states.new_zeros(0)
     return stats, d_hidden, d_weight
+
+
+def scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x times a number of its dtype, rounded once to another."""
+    return torch.mul(x, scale, out=x.new_empty(x.shape, dtype=dtype))

@@ -6,6 +6,16 @@ import triton.language as tl
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
+@triton.jit
+def scale_kernel(x_ptr, scale_ptr, out_ptr, size, BLOCK: tl.constexpr):
+    """Write x times a number, rounded to the output's dtype once."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < size
+    x = tl.load(x_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first")
+    scaled = x * tl.load(scale_ptr)
+    tl.store(out_ptr + at, scaled.to(out_ptr.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["width", "inverse", "temperature", "ignore"])
 def distillation_kernel(
     student_ptr,
@@ -113,11 +123,13 @@ def distillation_kernel(
         b = tl.load(kd_ptr + row) * temperature
         # all have read the teacher's choice before any overwrites it
         tl.debug_barrier()
-        for low in range(0, width, BLOCK):
-            column = low + lane
+        blocks = tl.cdiv(width, BLOCK)
+        for index in range(blocks):
+            # backwards: what was read last may still be in the cache, and is not needed again
+            column = (blocks - 1 - index) * BLOCK + lane
             mask = column < width
-            s = tl.load(student_ptr + column, mask=mask, other=0.0)
-            t = tl.load(teacher_ptr + column, mask=mask, other=0.0)
+            s = tl.load(student_ptr + column, mask=mask, other=0.0, eviction_policy="evict_first")
+            t = tl.load(teacher_ptr + column, mask=mask, other=0.0, eviction_policy="evict_first")
             # both laws by the same operations: the difference of equal ones is 0
             p = tl.exp2((s - peak) * (inverse * _LOG2E) - p_log)
             q = tl.exp2((t - teacher_peak) * (inverse * _LOG2E) - q_log)
