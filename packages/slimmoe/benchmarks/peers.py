@@ -12,14 +12,21 @@ It writes ``results/peers-agreement.json``. Models are tiny, of random weights. 
 ``sequential``, its default, layers behind the first are measured on what those before give when
 half of their experts are gone. There the first layer of some models is as if attention saw tokens
 to the right, too: the mask is lost where its code is cut into layers.
+
+Slimder-Man (github.com/JakeATX/Slimder-Man) has no package; which experts it keeps, and which it
+averages with what weights, is compared with a checkout of it:
+
+    uv run python packages/slimmoe/benchmarks/peers.py --slimder-man FOLDER
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import runpy
 import subprocess
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -27,6 +34,9 @@ from types import SimpleNamespace
 import torch
 from shared_kernels.bench.provenance import checkout_root, describe_run
 from slimmoe import CompressionConfig, calibrate, plan
+from slimmoe.merging.grouping import grouped
+from slimmoe.merging.merge import average
+from slimmoe.merging.similarity import of_gram
 from slimmoe.pruning.experts import importance
 
 HERE = Path(__file__).parent
@@ -100,17 +110,76 @@ def agreement(model, rows, theirs):
     return found
 
 
+def slimder_man(folder, families=FAMILIES):
+    """Compare what becomes of experts by the same scores and likeness, by family."""
+    made = SimpleNamespace(**runpy.run_path(str(HERE.parent / "tests" / "moe_families.py")))
+    file = folder / "src" / "slimder_man" / "compression" / "experts.py"
+    spec = importlib.util.spec_from_file_location("slimder_man_experts", file)
+    theirs = importlib.util.module_from_spec(spec)
+    # its dataclasses look for their module
+    sys.modules[spec.name] = theirs
+    spec.loader.exec_module(theirs)
+    found = {}
+    for name in families:
+        model = made.model(name, num_experts=16, num_experts_per_tok=4)
+        statistics = calibrate(model, made.tokens(model, 16, 32), progress=False)
+        found[name] = {"layers": 0, "layers with other experts kept": 0,
+                       "layers with other groups": 0,
+                       "largest difference of averages": 0.0}  # fmt: skip
+        for layer, measured in sorted(statistics.experts.items()):
+            for kind in ("freq", "soft", "reap"):
+                told = one_layer(theirs, importance(measured, kind), measured, layer)
+                for key, value in told.items():
+                    best = max if isinstance(value, float) else int.__add__
+                    found[name][key] = best(found[name][key], value)
+    ran = subprocess.run(
+        ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True
+    )
+    return {"families": found, "versions": {"slimder-man": ran.stdout.strip() or "not a checkout"}}
+
+
+def one_layer(theirs, scores, measured, seed, count=8):
+    """Make eight of sixteen experts by both, of the same matrices."""
+    alike = of_gram(measured.logit_gram)
+    ours = grouped(scores, alike, count, preserve=0.5)
+    torch.manual_seed(seed)
+    experts = [torch.nn.Linear(8, 6, bias=False) for _ in scores]
+    averages, plan_of_theirs = theirs.merge_experts(experts, scores, alike, count)
+    groups = {b: [b, *others] for b, others in plan_of_theirs.groups.items()}
+    groups |= {expert: [expert] for expert in plan_of_theirs.s_keep}
+    order = plan_of_theirs.new_expert_order
+    mine = {members[0]: members for members in ours.members}
+    far = 0.0
+    for expert, members, weights in zip(ours.kept, ours.members, ours.weights, strict=True):
+        if expert in order:
+            parts = [(lambda e=e: experts[e].weight.detach()) for e in members]
+            other = averages[order.index(expert)].weight.detach()
+            far = max(far, float((average(parts, weights) - other).abs().max()))
+    return {
+        "layers": 1, "layers with other experts kept": int(sorted(order) != ours.kept),
+        "layers with other groups": int(mine != {b: groups[b] for b in sorted(groups)}),
+        "largest difference of averages": far,
+    }  # fmt: skip
+
+
 def main():
     """Compare, and write the record."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("python", help="of an environment that has llmcompressor")
+    parser.add_argument("python", nargs="?", help="of an environment that has llmcompressor")
+    parser.add_argument("--slimder-man", type=Path, metavar="FOLDER", help="a checkout of it")
     parser.add_argument("--out", type=Path, default=RECORD, metavar="FILE")
     given = parser.parse_args()
     torch.set_num_threads(1)
     root = checkout_root(HERE)
-    found = {"llm_compressor": compared(given.python)}
-    command = "python packages/slimmoe/benchmarks/peers.py /tmp/llm-compressor/bin/python"
-    found["llm_compressor"]["provenance"] = describe_run(command, root)
+    found = json.loads(given.out.read_text(encoding="utf-8")) if given.out.is_file() else {}
+    script = "python packages/slimmoe/benchmarks/peers.py"
+    if given.python is not None:
+        command = f"{script} /tmp/llm-compressor/bin/python"
+        found["llm_compressor"] = compared(given.python)
+        found["llm_compressor"]["provenance"] = describe_run(command, root)
+    if given.slimder_man is not None:
+        found["slimder_man"] = slimder_man(given.slimder_man)
+        found["slimder_man"]["provenance"] = describe_run(f"{script} --slimder-man FOLDER", root)
     given.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(found, indent=1))
 
