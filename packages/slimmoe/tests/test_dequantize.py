@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from slimmoe import CompressionConfig, UnsupportedModelError, calibrate, compress, plan, verify
 from slimmoe.cli import main
+from slimmoe.distillation import Teacher
 from slimmoe.weights import Source, load_model
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
@@ -211,6 +212,27 @@ def test_on_the_command_line(folders, tmp_path, capsys):
     assert after["bytes"] == told["bytes"]
     states = [load_file(tmp_path / name / "model.safetensors") for name in "ab"]
     assert all(torch.equal(states[0][name], tensor) for name, tensor in states[1].items())
+
+
+def test_teachers_and_stages(folders, tmp_path, capsys):
+    """A source in FP8 is compressed in stages and teaches as what was dequantised before."""
+    rows = [json.dumps({"input_ids": ids}) for ids in tokens("deepseek_v3", 24, 9).tolist()]
+    (tmp_path / "data.jsonl").write_text("\n".join(rows))
+    finals = []
+    for folder, flags in zip(folders, (["--dequantize"], []), strict=True):
+        cache, out = tmp_path / f"{folder.name} cache", tmp_path / f"{folder.name} run"
+        args = [folder, tmp_path / "data.jsonl", *flags]
+        assert main([str(arg) for arg in ["cache-teacher", *args, "--out", cache]]) == 0
+        stages = ["progressive", *args, "--out", out, "--tokens", 36, 36, "--num-layers", 2,
+                  "--num-experts", 4, "--batch-size", 2]  # fmt: skip
+        assert main([str(arg) for arg in stages]) == 0
+        said = load_file(next(cache.glob("part-*.safetensors")))
+        finals.append(said | load_file(out / "stage-2" / "run" / "final" / "model.safetensors"))
+    assert finals[0].keys() == finals[1].keys()
+    for name, tensor in finals[0].items():
+        assert torch.equal(tensor, finals[1][name]), name
+    with pytest.raises(ValueError, match="options: expected none"):
+        Teacher.from_pretrained(folders[0], dequantize=True, dtype=BF16)
 
 
 # --- MXFP4 ---------------------------------------------------------------------------------------

@@ -44,6 +44,16 @@ def test_what_was_recorded():
     check(found["families"])
 
 
+def test_the_same_averages_were_recorded():
+    peers = runpy.run_path(str(PEERS))
+    found = json.loads(peers["RECORD"].read_text(encoding="utf-8"))["slimder_man"]
+    assert tuple(found["families"]) == peers["FAMILIES"]
+    for told in found["families"].values():
+        assert told["layers"] >= 9
+        assert told["layers with other experts kept"] == told["layers with other groups"] == 0
+        assert told["largest difference of averages"] < ROUNDING
+
+
 @pytest.mark.peer
 @pytest.mark.skipif(
     VARIABLE not in os.environ,

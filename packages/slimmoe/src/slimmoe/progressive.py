@@ -151,6 +151,7 @@ class ProgressiveRunner:
         resume: bool = True,
         progress: bool = True,
         base_model: str | None = None,
+        dequantize: bool = False,
         **calibrate_options: Any,
     ) -> Path:
         """Compress and train, stage by stage; what is done is not done again.
@@ -162,6 +163,7 @@ class ProgressiveRunner:
             resume: Whether to go on with what is there.
             progress: Whether to show bars.
             base_model: Name of the source on the Hub, for model cards.
+            dequantize: Whether a source in FP8 or MXFP4 is read as bfloat16.
             calibrate_options: Of `slimmoe.calibrate`.
 
         Returns:
@@ -188,14 +190,18 @@ class ProgressiveRunner:
             made, final = place / "student", place / "run" / "final"
             if not (place / "done").is_file():
                 if not made.is_dir():
+                    # what comes out of a stage is not quantised
+                    quantised = dequantize and number == 1
                     measured = place / "statistics"
                     if not measured.is_dir():
                         calibrate(
-                            student, calibration, progress=progress, **calibrate_options
-                        ).save_pretrained(measured)
+                            student, calibration, progress=progress, dequantize=quantised,
+                            **calibrate_options,
+                        ).save_pretrained(measured)  # fmt: skip
                     statistics = CalibrationStatistics.from_pretrained(measured)
                     compress(student, made, stage.options, statistics=statistics,
-                             progress=progress, base_model=base_model)  # fmt: skip
+                             progress=progress, base_model=base_model,
+                             dequantize=quantised)  # fmt: skip
                 self.train(made, stage, place / "run")
                 if not final.is_dir():
                     remedy = "train leaves the student there"

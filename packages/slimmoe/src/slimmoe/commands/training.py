@@ -20,6 +20,7 @@ from slimmoe.configuration import CompressionConfig
 if TYPE_CHECKING:
     from slimmoe.progressive import Stage
 
+_Flag = Annotated[bool, Parameter(negative="")]
 #: What was logged last, in the folder of a run.
 _TOLD = "told.json"
 
@@ -30,10 +31,11 @@ def cache_teacher(
     *,
     out: Path,
     tokens: int = 64,
-    sampled: bool = False,
+    sampled: _Flag = False,
     sequence_length: int = 1024,
     temperature: float = 1.0,
     device: str | None = None,
+    dequantize: _Flag = False,
     seed: int = 0,
     json_output: JsonFlag = False,
 ) -> int:
@@ -50,6 +52,7 @@ def cache_teacher(
         sequence_length: Of texts, which are joined and cut.
         temperature: Of the law.
         device: Where to run it; by default a GPU if there is one.
+        dequantize: Read a teacher in FP8 or MXFP4 as bfloat16.
         seed: Of drawing.
         json_output: Print JSON.
     """
@@ -60,7 +63,7 @@ def cache_teacher(
 
     rows = _sequences(teacher, data, sequence_length)
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    asked = Teacher.from_pretrained(fetched(teacher)).to(torch.device(place))
+    asked = Teacher.from_pretrained(fetched(teacher), dequantize=dequantize, device=place)
     found = TeacherLogitCache.build(
         out, asked, rows, tokens=tokens, sampled=sampled, temperature=temperature, seed=seed,
     )  # fmt: skip
@@ -87,6 +90,10 @@ class Recipe:
         temperature: Of both laws.
         router_aux_loss_coef: Of the loss that evens out the load of experts; by default the
             model's own, and 0 is without.
+        balance_ahead: Look through all batches of a step first, so that each is evened out by the
+            load of all of them; takes a forward pass more of all but one.
+        check_teacher: Stop early where the teacher has another tokenizer, or says less than chance
+            of the data.
         save_steps: Between checkpoints.
         logging_steps: Between lines of the log.
         seed: Of the order of sequences.
@@ -101,6 +108,8 @@ class Recipe:
     mtp_weight: tuple[float, float] = (0.3, 0.1)
     temperature: float = 1.0
     router_aux_loss_coef: float | None = None
+    balance_ahead: bool = False
+    check_teacher: bool = True
     save_steps: int = 500
     logging_steps: int = 10
     seed: int = 0
@@ -120,7 +129,8 @@ def distill(
     out: Path,
     steps: int,
     cache: Path | None = None,
-    offload: bool = False,
+    offload: _Flag = False,
+    dequantize: _Flag = False,
     json_output: JsonFlag = False,
 ) -> int:
     """Train a compressed model on texts and on what its teacher says of them; goes on if stopped.
@@ -137,12 +147,13 @@ def distill(
         cache: Of `slimmoe cache-teacher` with the same data; the teacher is not loaded then.
         offload: Keep the teacher's layers in the host's memory, and copy each while the one before
             it runs.
+        dequantize: Read a teacher in FP8 or MXFP4 as bfloat16.
         json_output: Print JSON.
     """
     from slimmoe.compression import fetched
 
     rows = _sequences(teacher, data, recipe.sequence_length)
-    known, dataset = _teacher(teacher, cache, offload, rows)
+    known, dataset = _teacher(teacher, cache, rows, offload, dequantize)
     told = _train(fetched(student), known, dataset, out, recipe, steps, teacher)
     if json_output:
         return print_json({"out": str(out / "final"), "sequences": len(rows), **told})
@@ -163,7 +174,8 @@ def progressive(
     period: int = 1,
     calibration_sequences: int = 1024,
     cache: Path | None = None,
-    offload: bool = False,
+    offload: _Flag = False,
+    dequantize: _Flag = False,
     resume: bool = True,
     json_output: JsonFlag = False,
 ) -> int:
@@ -187,6 +199,7 @@ def progressive(
         cache: Of `slimmoe cache-teacher` with the same data; the source teaches through it then.
         offload: Keep the teacher's layers in the host's memory, and copy each while the one before
             it runs.
+        dequantize: Read a source in FP8 or MXFP4 as bfloat16.
         resume: Whether to go on with what is in OUT.
         json_output: Print JSON.
     """
@@ -197,14 +210,19 @@ def progressive(
     from slimmoe.compression import fetched
     from slimmoe.progressive import ProgressiveRunner, ProgressiveSchedule
     from slimmoe.summary import sizes
+    from slimmoe.weights import Source
 
     folder = fetched(source)
     rows = _sequences(source, data, recipe.sequence_length)
-    known, dataset = _teacher(source, cache, offload, rows)
+    known, dataset = _teacher(source, cache, rows, offload, dequantize)
     step = recipe.sequences * max(len(row["input_ids"]) for row in rows)
     steps = [-(-size // step) for size in tokens]
     made = ProgressiveSchedule.make(
-        schedule, sizes(folder), options, [step * count for count in steps], period=period
+        schedule,
+        sizes(Source(folder, dequantize=dequantize)),
+        options,
+        [step * count for count in steps],
+        period=period,
     )
     enough = len(rows) >= sum(steps) * recipe.sequences
 
@@ -231,7 +249,7 @@ def progressive(
     with redirect_stdout(sys.stderr):
         last = ProgressiveRunner(made, train, begun).run(
             folder, out, spread, resume=resume,
-            base_model=None if Path(source).is_dir() else source,
+            base_model=None if Path(source).is_dir() else source, dequantize=dequantize,
         )  # fmt: skip
     told = [json.loads((out / f"stage-{n}" / "run" / _TOLD).read_text(encoding="utf-8"))
             for n in range(1, len(steps) + 1)]  # fmt: skip
@@ -245,7 +263,7 @@ def progressive(
 
 
 def _teacher(
-    teacher: str, cache: Path | None, offload: bool, rows: list[dict[str, Any]]
+    teacher: str, cache: Path | None, rows: list[dict[str, Any]], offload: bool, dequantize: bool
 ) -> tuple[Any, Any]:
     """Return what teaches, and its dataset."""
     from slimmoe.compression import fetched
@@ -253,7 +271,7 @@ def _teacher(
 
     if cache is None:
         folder = fetched(teacher)
-        return Teacher.from_pretrained(folder, offload=True) if offload else folder, rows
+        return Teacher.from_pretrained(folder, offload=offload, dequantize=dequantize), rows
     if offload:
         remedy = "a cache needs no teacher"
         raise ValueError(message("offload", "no cache beside it", str(cache), remedy))
@@ -280,6 +298,7 @@ def _train(
         lr_scheduler_kwargs={"min_lr_rate": 3 / 40}, kd_weight=recipe.kd_weight,
         mtp_weight=recipe.mtp_weight, temperature=recipe.temperature, schedule_span=span,
         router_aux_loss_coef=recipe.router_aux_loss_coef,
+        balance_ahead=recipe.balance_ahead, check_teacher=recipe.check_teacher,
         save_steps=recipe.save_steps, logging_steps=min(recipe.logging_steps, steps),
         seed=recipe.seed,
         report_to=[], save_total_limit=2,

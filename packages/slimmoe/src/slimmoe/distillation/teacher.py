@@ -6,12 +6,14 @@ import hashlib
 from typing import TYPE_CHECKING, Any
 
 import torch
+from shared_kernels._checks import message
 from shared_kernels.models import Head
 from shared_kernels.offload import OffloadEngine, WeightStore, discover_blocks, layout_unit
 
 from slimmoe.distillation.alignment import check_tokenizers, tokenizer_of
 from slimmoe.distillation.rows import INDEX
 from slimmoe.errors import UnsupportedModelError
+from slimmoe.weights import Source, load_model
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -68,6 +70,7 @@ class Teacher:
         *,
         offload: bool = False,
         device: torch.device | str | None = None,
+        dequantize: bool = False,
         **options: Any,
     ) -> Teacher:
         """Load one with ``AutoModelForCausalLM``, in the dtype of its files unless told otherwise.
@@ -76,13 +79,22 @@ class Teacher:
             path: Folder or name on the Hub.
             offload: Whether its layers stay in the host's memory.
             device: To which it is moved.
+            dequantize: Whether a folder in FP8 or MXFP4 is read as bfloat16, see
+                `slimmoe.dequantize`; ``options`` are not for it.
             options: Of ``AutoModelForCausalLM.from_pretrained``.
         """
-        from transformers import AutoModelForCausalLM
+        if dequantize:
+            if options:
+                remedy = "a folder is dequantised as it is"
+                raise ValueError(message("options", "none", sorted(options), remedy))
+            model = load_model(Source(path, dequantize=True))
+            # where it came from, for its tokenizer
+            model.name_or_path = str(path)
+        else:
+            from transformers import AutoModelForCausalLM
 
-        return cls(
-            AutoModelForCausalLM.from_pretrained(path, **options), offload=offload, device=device
-        )
+            model = AutoModelForCausalLM.from_pretrained(path, **options)
+        return cls(model, offload=offload, device=device)
 
     def to(self, device: torch.device) -> Teacher:
         """Move it to a device.
