@@ -1,0 +1,11 @@
+from ._version import __version__ as __version__
+from .errors import ConvergenceError as ConvergenceError
+from .field import SAMField as SAMField
+from .hessian_influence import HessianInfluence as HessianInfluence
+from .objective import Objective as Objective
+from .objective import causal_lm as causal_lm
+from .objective import classification as classification
+from .objective import regression as regression
+from .optim import SAM as SAM
+from .perturbation import Perturbation as Perturbation
+from .scores import Scores as Scores

@@ -1,0 +1,185 @@
+"""What a model is trained on and what it is asked, as numbers of samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from shared_kernels._checks import check_choice, message
+from torch import Tensor, nn
+from torch.nn import functional
+
+#: Labels that count nowhere.
+IGNORED = -100
+
+
+class Objective(Protocol):
+    """Losses of samples; see `classification`, `regression` and `causal_lm` for ready-made ones."""
+
+    def losses(self, model: nn.Module, batch: Any) -> Tensor:
+        """Return the loss of each sample of a batch, ``(b,)``; training minimises their mean."""
+        ...
+
+    def measure(self, model: nn.Module, batch: Any) -> Tensor:
+        """Return what is asked of each sample of a batch, ``(b,)``."""
+        ...
+
+
+@dataclass(frozen=True)
+class _FromOutputs:
+    """An objective that is a function of a model's outputs and of labels."""
+
+    of_outputs: Callable[[Any, Tensor], Tensor]
+    labels: str = "labels"
+
+    def losses(self, model: nn.Module, batch: Any) -> Tensor:
+        outputs, labels = self._run(model, batch)
+        found = self.of_outputs(outputs, labels)
+        if found.shape != labels.shape[:1]:
+            remedy = "one number for each sample"
+            expected = f"losses of shape {tuple(labels.shape[:1])}"
+            raise ValueError(message("losses", expected, tuple(found.shape), remedy))
+        return found
+
+    def measure(self, model: nn.Module, batch: Any) -> Tensor:
+        return self.losses(model, batch)
+
+    def _run(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        if isinstance(batch, Mapping):
+            known = {key: value for key, value in batch.items() if key != self.labels}
+            if self.labels not in batch:
+                remedy = "batches are mappings with labels, or pairs (inputs, labels)"
+                raise ValueError(message("batch", f"a key {self.labels!r}", sorted(batch), remedy))
+            outputs, labels = model(**known), batch[self.labels]
+        elif isinstance(batch, Sequence) and len(batch) == 2:
+            inputs, labels = batch
+            outputs = model(inputs)
+        else:
+            remedy = "batches are mappings with labels, or pairs (inputs, labels)"
+            raise ValueError(message("batch", "one of these", type(batch).__name__, remedy))
+        return getattr(outputs, "logits", outputs), labels
+
+
+def classification(*, labels: str = "labels", label_smoothing: float = 0.0) -> Objective:
+    """Return cross entropy of each sample.
+
+    Args:
+        labels: Key of class numbers ``(b,)``, where batches are mappings.
+        label_smoothing: As in ``torch.nn.functional.cross_entropy``.
+    """
+
+    def losses(logits: Tensor, target: Tensor) -> Tensor:
+        return functional.cross_entropy(
+            logits, target, reduction="none", label_smoothing=label_smoothing
+        )
+
+    return _FromOutputs(losses, labels)
+
+
+def regression(*, labels: str = "labels") -> Objective:
+    """Return the mean squared error of each sample, over its outputs.
+
+    Args:
+        labels: Key of targets ``(b,)`` or ``(b, m)``, where batches are mappings.
+    """
+
+    def losses(outputs: Tensor, target: Tensor) -> Tensor:
+        apart = outputs.reshape(len(target), -1) - target.reshape(len(target), -1)
+        return apart.square().mean(-1)
+
+    return _FromOutputs(losses, labels)
+
+
+def causal_lm(*, labels: str = "labels", level: str = "mean") -> Objective:
+    """Return what a language model loses on each sequence.
+
+    Args:
+        labels: Key of token ids ``(b, t)``, -100 where a token does not count; logits of token i
+            are to say token ``i + 1``.
+        level: ``mean`` over a sequence's counted tokens, or their ``sum``.
+    """
+    check_choice("level", level, ("mean", "sum"))
+
+    def losses(logits: Tensor, target: Tensor) -> Tensor:
+        wanted = target[:, 1:]
+        each = functional.cross_entropy(
+            logits[:, :-1].transpose(1, 2), wanted, reduction="none", ignore_index=IGNORED
+        )
+        total = each.sum(-1)
+        counted = (wanted != IGNORED).sum(-1).clamp(min=1)
+        return total / counted if level == "mean" else total
+
+    return _FromOutputs(losses, labels)
+
+
+class Losses(nn.Module):
+    """A model whose output is an objective of a batch, for ``torch.func.functional_call``."""
+
+    def __init__(self, model: nn.Module, objective: Objective) -> None:
+        super().__init__()
+        self.model = model
+        self._objective = objective
+
+    def forward(self, batch: Any, *, measured: bool = False) -> Tensor:
+        """Return ``(b,)`` losses, or what is measured."""
+        run = self._objective.measure if measured else self._objective.losses
+        return run(self.model, batch)
+
+
+class ParameterVector:
+    """A model's trained parameters as one vector ``(p,)``, and losses as functions of it.
+
+    Args:
+        model: Parameters that need no gradient stay as they are; tied ones are there once.
+        objective: Of samples.
+
+    Attributes:
+        names: Of parameters, in order.
+        sizes: How many numbers each has.
+
+    Raises:
+        ValueError: No parameter needs a gradient, or they differ in dtype or device.
+    """
+
+    def __init__(self, model: nn.Module, objective: Objective) -> None:
+        self._module = Losses(model, objective)
+        found = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        if not found:
+            raise ValueError(
+                message("model", "parameters that need a gradient", 0, "unfreeze some")
+            )
+        kinds = {(p.dtype, p.device) for p in found.values()}
+        if len(kinds) > 1:
+            got = sorted(f"{dtype} on {device}" for dtype, device in kinds)
+            remedy = "have the model in one dtype on one device"
+            raise ValueError(message("model", "parameters of one kind", got, remedy))
+        self.names = list(found)
+        self._parameters = list(found.values())
+        self._shapes = [p.shape for p in self._parameters]
+        self.sizes = [p.numel() for p in self._parameters]
+
+    def __len__(self) -> int:
+        return sum(self.sizes)
+
+    def read(self) -> Tensor:
+        """Return a copy of the weights."""
+        return torch.cat([p.detach().flatten() for p in self._parameters])
+
+    @torch.no_grad()
+    def write(self, vector: Tensor) -> None:
+        """Put weights into the model."""
+        for p, part in zip(self._parameters, vector.split(self.sizes), strict=True):
+            p.copy_(part.view_as(p))
+
+    def losses(self, vector: Tensor, batch: Any, *, measured: bool = False) -> Tensor:
+        """Return losses of samples with these weights, or what is measured, ``(b,)``."""
+        parts = vector.split(self.sizes)
+        values = {
+            f"model.{name}": part.view(shape)
+            for name, part, shape in zip(self.names, parts, self._shapes, strict=True)
+        }
+        return torch.func.functional_call(
+            self._module, values, (batch,), {"measured": measured}, tie_weights=True
+        )
