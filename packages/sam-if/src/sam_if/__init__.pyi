@@ -1,5 +1,7 @@
 from ._version import __version__ as __version__
 from .errors import ConvergenceError as ConvergenceError
+from .errors import TrajectoryError as TrajectoryError
+from .errors import UnsupportedOptimizerError as UnsupportedOptimizerError
 from .field import SAMField as SAMField
 from .hessian_influence import HessianInfluence as HessianInfluence
 from .objective import Objective as Objective
@@ -9,3 +11,5 @@ from .objective import regression as regression
 from .optim import SAM as SAM
 from .perturbation import Perturbation as Perturbation
 from .scores import Scores as Scores
+from .trajectory import Trajectory as Trajectory
+from .trajectory_influence import TrajectoryInfluence as TrajectoryInfluence

@@ -30,6 +30,7 @@ from shared_kernels._checks import check_choice, message
 from torch import Tensor
 from torch.func import grad, jvp
 
+from sam_if.batches import BatchLoss
 from sam_if.errors import ConvergenceError
 from sam_if.objective import ParameterVector
 from sam_if.perturbation import Perturbation
@@ -46,55 +47,6 @@ MODES = ("field", "frozen", "objective", "envelope")
 PERTURBATIONS = ("minibatch", "full")
 #: Of the exact maximiser: steps, and how far the last may go, as a part of rho.
 _STEPS, _NEAR = 10_000, 1e-10
-
-
-class _Batches:
-    """Batches that one perturbation is of."""
-
-    def __init__(self, field: SAMField, batches: list[tuple[Any, slice]], count: int) -> None:
-        self._field, self.batches, self.count = field, batches, count
-
-    def loss(self, vector: Tensor, weights: Tensor) -> Tensor:
-        """``L_B``, 0-dimensional, of all its batches in one graph."""
-        losses = [
-            weights[place] @ self._field.vector.losses(vector, batch)
-            for batch, place in self.batches
-        ]
-        return torch.stack(losses).sum() / self.count
-
-    def _summed(
-        self,
-        function: Callable[[Callable[[Tensor], Tensor]], Tensor],
-        weights: Tensor | None = None,
-    ) -> Tensor:
-        """Add a linear function of the loss up, batch by batch."""
-        total = None
-        given = self._field.sample_weights if weights is None else weights
-        for batch, place in self.batches:
-
-            def part(vector: Tensor, batch: Any = batch, place: slice = place) -> Tensor:
-                return given[place] @ self._field.vector.losses(vector, batch) / self.count
-
-            found = function(part)
-            total = found if total is None else total + found
-        assert total is not None
-        return total
-
-    def gradient(self, at: Tensor, weights: Tensor | None = None) -> Tensor:
-        """``grad L_B``, ``(p,)``, with the field's weights of samples or others."""
-        return self._summed(lambda loss: grad(loss)(at), weights)
-
-    def hessian(self, at: Tensor, x: Tensor) -> Tensor:
-        """``H x``, ``(p,)``."""
-        return self._summed(lambda loss: jvp(grad(loss), (at,), (x,))[1])
-
-    def directional(self, at: Tensor, x: Tensor) -> Tensor:
-        """``<grad l_i, x> / b`` of each sample, ``(count,)``."""
-        field, found = self._field, []
-        for batch, _ in self.batches:
-            losses = lambda v, batch=batch: field.vector.losses(v, batch)  # noqa: E731
-            found.append(jvp(losses, (at,), (x,))[1])
-        return torch.cat(found) / self.count
 
 
 class SAMField:
@@ -172,10 +124,11 @@ class SAMField:
         self.sample_weights = sample_weights.to(self.weights)
         parts = list(zip(batches, places, strict=True))
         if perturbation == "full":
-            self._groups = [_Batches(self, parts, self.count)]
+            self._groups = [BatchLoss(self.vector, parts, self.count, self.sample_weights)]
         else:
             self._groups = [
-                _Batches(self, [part], size) for part, size in zip(parts, sizes, strict=True)
+                BatchLoss(self.vector, [part], size, self.sample_weights)
+                for part, size in zip(parts, sizes, strict=True)
             ]
         self._perturbations: list[Perturbation] | None = None
         self._maximisers: list[Tensor] | None = None
@@ -213,7 +166,7 @@ class SAMField:
             ]
         return self._maximisers
 
-    def _maximiser(self, group: _Batches, epsilon: Tensor) -> Tensor:
+    def _maximiser(self, group: BatchLoss, epsilon: Tensor) -> Tensor:
         """Return where the gradient is along the perturbation, from the first step of SAM on."""
         for _ in range(_STEPS):
             found = group.gradient(self.weights + epsilon)
@@ -272,7 +225,7 @@ class SAMField:
 
     # --- its Jacobian ----------------------------------------------------------------------------
 
-    def _worst(self, group: _Batches) -> Callable[..., Tensor]:
+    def _worst(self, group: BatchLoss) -> Callable[..., Tensor]:
         """Return ``L(w + eps(w))`` as a function of w, through eps."""
 
         def worst(vector: Tensor, weights: Tensor = self.sample_weights) -> Tensor:
@@ -289,7 +242,7 @@ class SAMField:
             total = total + self._product(index, group, x) / len(self._groups)
         return total
 
-    def _product(self, index: int, group: _Batches, x: Tensor) -> Tensor:
+    def _product(self, index: int, group: BatchLoss, x: Tensor) -> Tensor:
         if self.mode == "objective":
             return jvp(grad(self._worst(group)), (self.weights,), (x,))[1]
         epsilon = self.epsilons()[index]
@@ -316,7 +269,7 @@ class SAMField:
             total = total + part / len(self._groups)
         return total
 
-    def _followed(self, group: _Batches, epsilon: Tensor, x: Tensor) -> Tensor:
+    def _followed(self, group: BatchLoss, epsilon: Tensor, x: Tensor) -> Tensor:
         """Return ``P (mu - P H~ P)^+ P x``: how the exact maximiser follows the gradient."""
         from scipy.sparse.linalg import cg
 
@@ -400,11 +353,12 @@ class SAMField:
                 y_here = y + self._followed(group, epsilon, group.hessian(at, y))
                 found.append(group.directional(at, y_here))
                 continue
-            dots = group.directional(at, y)
-            if self.mode == "field":
-                gradient, _ = self.perturbations[index].adjoint(group.hessian(at, y))
-                dots = dots + group.directional(self.weights, gradient)
-            found.append(dots)
+            if self.mode == "frozen":
+                found.append(group.directional(at, y))
+                continue
+            product, dots = group.both(at, y)
+            gradient, _ = self.perturbations[index].adjoint(product)
+            found.append(dots + group.directional(self.weights, gradient))
         return torch.cat(found) / len(self._groups)
 
     def losses_along(self, sample: int, x: Tensor) -> Tensor:
@@ -440,7 +394,7 @@ class SAMField:
             total = total + self._source(index, group, c) / len(self._groups)
         return total
 
-    def _source(self, index: int, group: _Batches, c: Tensor) -> Tensor:
+    def _source(self, index: int, group: BatchLoss, c: Tensor) -> Tensor:
         if self.mode == "objective":
             worst = self._worst(group)
             by_vector = lambda weights: grad(worst)(self.weights, weights)  # noqa: E731
@@ -455,7 +409,7 @@ class SAMField:
         change = self.perturbations[index].tangent(group.gradient(self.weights, c))
         return pull + group.hessian(at, change)
 
-    def _objective_dots(self, group: _Batches, y: Tensor) -> Tensor:
+    def _objective_dots(self, group: BatchLoss, y: Tensor) -> Tensor:
         """``d/da <grad F, y>``: the derivative along y of F's derivatives by sample weights."""
         worst = self._worst(group)
         places = torch.cat([

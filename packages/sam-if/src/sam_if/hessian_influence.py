@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from shared_kernels._checks import check_choice, message
 from torch import Tensor
-from torch.func import grad
 
 from sam_if.errors import ConvergenceError
+from sam_if.objective import query_gradients
 from sam_if.scores import Scores
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class HessianInfluence:
             ConvergenceError: A linear system is singular, or was not solved.
             ValueError: No queries.
         """
-        asked = self._asked(queries, mean)
+        asked = query_gradients(self.field.vector, self.field.weights, queries, mean)
         solved = [self._solve(gradient, transposed=True) for gradient in asked]
         if self.warnings:
             warnings.warn(self.warnings[0], stacklevel=2)
@@ -100,22 +100,6 @@ class HessianInfluence:
         residuals = [residual for _, residual in solved]
         method = f"hessian, {self.field.mode}, {self.solver}"
         return Scores(values, method, residuals, self.warnings)
-
-    def _asked(self, queries: Iterable[Any], mean: bool) -> list[Tensor]:
-        """Return the gradient of each query, or of their mean."""
-        vector, at, found, count = self.field.vector, self.field.weights, [], 0
-        for batch in queries:
-            measure = lambda w, batch=batch: vector.losses(w, batch, measured=True)  # noqa: E731
-            with torch.no_grad():
-                size = len(measure(at))
-            count += size
-            if mean:
-                found.append(grad(lambda w, measure=measure: measure(w).sum())(at))
-                continue
-            found += [grad(lambda w, measure=measure, q=q: measure(w)[q])(at) for q in range(size)]
-        if not count:
-            raise ValueError(message("queries", "at least one sample", 0, "give batches"))
-        return [torch.stack(found).sum(0) / count] if mean else found
 
     def removal(self, samples: Iterable[int]) -> Tensor:
         """Return the change of the weights if samples were removed, to first order, ``(p,)``.

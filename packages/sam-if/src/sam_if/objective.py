@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from shared_kernels._checks import check_choice, message
 from torch import Tensor, nn
+from torch.func import functional_call, grad
 from torch.nn import functional
 
 #: Labels that count nowhere.
@@ -180,6 +181,29 @@ class ParameterVector:
             f"model.{name}": part.view(shape)
             for name, part, shape in zip(self.names, parts, self._shapes, strict=True)
         }
-        return torch.func.functional_call(
+        return functional_call(
             self._module, values, (batch,), {"measured": measured}, tie_weights=True
         )
+
+
+def query_gradients(
+    vector: ParameterVector, at: Tensor, queries: Iterable[Any], mean: bool
+) -> list[Tensor]:
+    """Return the gradient of what is measured of each query, or of the mean of all, ``(p,)``.
+
+    Raises:
+        ValueError: No queries.
+    """
+    found, count = [], 0
+    for batch in queries:
+        measure = lambda w, batch=batch: vector.losses(w, batch, measured=True)  # noqa: E731
+        with torch.no_grad():
+            size = len(measure(at))
+        count += size
+        if mean:
+            found.append(grad(lambda w, measure=measure: measure(w).sum())(at))
+        else:
+            found += [grad(lambda w, measure=measure, q=q: measure(w)[q])(at) for q in range(size)]
+    if not count:
+        raise ValueError(message("queries", "at least one sample", 0, "give batches"))
+    return [torch.stack(found).sum(0) / count] if mean else found

@@ -1,0 +1,91 @@
+"""The loss of some batches, its gradients, and what each sample has to do with them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.func import grad, jvp
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from sam_if.objective import ParameterVector
+
+
+class BatchLoss:
+    """``L(w) = sum_i a_i l_i(w) / count`` over batches that one perturbation is of.
+
+    Args:
+        vector: Of the model's parameters.
+        batches: With the places of their samples among all.
+        count: What sums are divided by.
+        sample_weights: a, of all samples.
+    """
+
+    def __init__(
+        self,
+        vector: ParameterVector,
+        batches: Sequence[tuple[Any, slice]],
+        count: int,
+        sample_weights: Tensor,
+    ) -> None:
+        self.vector, self.batches, self.count = vector, batches, count
+        self.sample_weights = sample_weights
+
+    def loss(self, at: Tensor, weights: Tensor) -> Tensor:
+        """Return ``L``, 0-dimensional, of all batches in one graph."""
+        losses = [weights[place] @ self.vector.losses(at, batch) for batch, place in self.batches]
+        return torch.stack(losses).sum() / self.count
+
+    def _summed(
+        self,
+        function: Callable[[Callable[[Tensor], Tensor]], Tensor],
+        weights: Tensor | None = None,
+    ) -> Tensor:
+        """Add a linear function of the loss up, batch by batch."""
+        total = None
+        given = self.sample_weights if weights is None else weights
+        for batch, place in self.batches:
+
+            def part(at: Tensor, batch: Any = batch, place: slice = place) -> Tensor:
+                return given[place] @ self.vector.losses(at, batch) / self.count
+
+            found = function(part)
+            total = found if total is None else total + found
+        assert total is not None
+        return total
+
+    def gradient(self, at: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Return ``grad L``, ``(p,)``, with these weights of samples or others."""
+        return self._summed(lambda loss: grad(loss)(at), weights)
+
+    def hessian(self, at: Tensor, x: Tensor) -> Tensor:
+        """Return ``H x``, ``(p,)``."""
+        return self._summed(lambda loss: jvp(grad(loss), (at,), (x,))[1])
+
+    def directional(self, at: Tensor, x: Tensor) -> Tensor:
+        """Return ``<grad l_i, x> / count`` of each sample."""
+        found = []
+        for batch, _ in self.batches:
+            losses = lambda w, batch=batch: self.vector.losses(w, batch)  # noqa: E731
+            found.append(jvp(losses, (at,), (x,))[1])
+        return torch.cat(found) / self.count
+
+    def both(self, at: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``H x`` and ``<grad l_i, x> / count``, the second for nothing.
+
+        The derivative of the losses along x is what the Hessian's product is the gradient of.
+        """
+        total, dots = torch.zeros_like(at), []
+        for batch, place in self.batches:
+
+            def along(w: Tensor, batch: Any = batch, place: slice = place) -> tuple[Tensor, Tensor]:
+                found = jvp(lambda v: self.vector.losses(v, batch), (w,), (x,))[1] / self.count
+                return self.sample_weights[place] @ found, found
+
+            product, found = grad(along, has_aux=True)(at)
+            total = total + product
+            dots.append(found)
+        return total, torch.cat(dots)
