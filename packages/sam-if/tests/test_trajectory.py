@@ -42,13 +42,14 @@ def order_of(steps, batch=4, count=SAMPLES, seed=2):
     return [torch.randint(count, (batch,), generator=generator) for _ in range(steps)]
 
 
-def run(model, data, orders, rho, rates, *, adaptive=False, weights=None, groups=None, **options):
+def run(
+    model, data, orders, rho, rates, *, adaptive=False, weights=None, groups=None,
+    base=torch.optim.SGD, clip=None, **options,
+):  # fmt: skip
     """Train with the optimizer, a weight for each sample, and record it."""
     x, y = data
-    optimizer = SAM(
-        groups or model.parameters(), torch.optim.SGD, rho, adaptive, lr=rates[0], **options
-    )
-    trajectory = Trajectory(model, classification(), optimizer)
+    optimizer = SAM(groups or model.parameters(), base, rho, adaptive, lr=rates[0], **options)
+    trajectory = Trajectory(model, classification(), optimizer, max_grad_norm=clip)
     for samples, rate in zip(orders, rates, strict=True):
         for group in optimizer.param_groups:
             group["lr"] = rate * group.get("times", 1.0)
@@ -59,6 +60,8 @@ def run(model, data, orders, rho, rates, *, adaptive=False, weights=None, groups
             if weights is not None:
                 losses = losses * weights[samples]
             losses.mean().backward()
+            if clip and step == optimizer.second_step:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
             step(zero_grad=True)
     return trajectory
 
@@ -68,8 +71,7 @@ def unrolled(model, data, query, orders, rho, rates, adaptive, options):
     (x, y), a = data, torch.ones(SAMPLES, dtype=F64, requires_grad=True)
     names = [name for name, _ in model.named_parameters()]
     w = [p.detach().clone().requires_grad_() for p in model.parameters()]
-    momentum, decay = options.get("momentum", 0.0), options.get("weight_decay", 0.0)
-    buffers = None
+    moments = None
     for samples, rate in zip(orders, rates, strict=True):
 
         def gradient(at, samples=samples):
@@ -83,21 +85,45 @@ def unrolled(model, data, query, orders, rho, rates, adaptive, options):
         moved = [
             p + rho * t**2 * g / (norm + 1e-12) for p, t, g in zip(w, scales, grads, strict=True)
         ]
-        v = [g + decay * p for g, p in zip(gradient(moved), w, strict=True)]
-        if momentum:
-            share = 1 - options.get("dampening", 0.0)
-            buffers = v if buffers is None else [
-                momentum * m + share * g for m, g in zip(buffers, v, strict=True)
-            ]  # fmt: skip
-            v = [g + momentum * m for g, m in zip(v, buffers, strict=True)] if options.get(
-                "nesterov"
-            ) else buffers  # fmt: skip
-        w = [p - rate * g for p, g in zip(w, v, strict=True)]
+        v = gradient(moved)
+        if "clip" in options:
+            size = sum((g**2).sum() for g in v).sqrt()
+            v = [g * (options["clip"] / (size + 1e-6)).clamp(max=1.0) for g in v]
+        w, moments = stepped(w, v, moments, rate, options)
     out = functional_call(model, dict(zip(names, w, strict=True)), (query[0],))
     losses = cross_entropy(out, query[1], reduction="none")
     return torch.stack([
         torch.autograd.grad(loss, a, retain_graph=True)[0] for loss in losses
     ])  # fmt: skip
+
+
+def stepped(w, v, moments, rate, options):
+    """What the documentation of torch's optimizers says, in graphs."""
+    base, decay = options.get("base", torch.optim.SGD), options.get("weight_decay", 0.0)
+    if base is torch.optim.AdamW:
+        w = [p * (1 - rate * decay) for p in w]
+    else:
+        v = [g + decay * p for g, p in zip(v, w, strict=True)]
+    if base is not torch.optim.SGD:
+        one, two = options.get("betas", (0.9, 0.999))
+        t, first, second = moments or (0, [0.0] * len(v), [0.0] * len(v))
+        t += 1
+        first = [one * m + (1 - one) * g for m, g in zip(first, v, strict=True)]
+        second = [two * q + (1 - two) * g * g for q, g in zip(second, v, strict=True)]
+        w = [
+            p - rate * (m / (1 - one**t)) / ((q / (1 - two**t)).sqrt() + options.get("eps", 1e-8))
+            for p, m, q in zip(w, first, second, strict=True)
+        ]
+        return w, (t, first, second)
+    momentum = options.get("momentum", 0.0)
+    if momentum:
+        share = 1 - options.get("dampening", 0.0)
+        moments = v if moments is None else [
+            momentum * m + share * g for m, g in zip(moments, v, strict=True)
+        ]  # fmt: skip
+        ahead = [g + momentum * m for g, m in zip(v, moments, strict=True)]
+        v = ahead if options.get("nesterov") else moments
+    return [p - rate * g for p, g in zip(w, v, strict=True)], moments
 
 
 OPTIONS = {
@@ -106,6 +132,10 @@ OPTIONS = {
     "heavy ball": {"momentum": 0.9, "weight_decay": 0.05},
     "dampened": {"momentum": 0.9, "dampening": 0.4},
     "nesterov": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.05},
+    "clipped": {"momentum": 0.9, "weight_decay": 0.05, "clip": 0.9},
+    "adam": {"base": torch.optim.Adam, "weight_decay": 0.05, "eps": 1e-3},
+    "adamw": {"base": torch.optim.AdamW, "weight_decay": 0.3, "betas": (0.8, 0.95), "eps": 1e-3},
+    "adamw clipped": {"base": torch.optim.AdamW, "weight_decay": 0.0, "clip": 0.9},
 }
 
 
@@ -291,12 +321,22 @@ def test_float32_runs_pass_their_check():
 def test_what_is_refused():
     x, y = texts()[0]
     model = network()
-    adam = SAM(model.parameters(), torch.optim.AdamW, lr=0.1)
-    with pytest.raises(UnsupportedOptimizerError, match="got AdamW"):
-        Trajectory(model, classification(), adam)
-    other = SAM(model.parameters(), torch.optim.SGD, lr=0.1, maximize=True)
-    with pytest.raises(UnsupportedOptimizerError, match="without maximize"):
-        Trajectory(model, classification(), other)
+    for base, options, match in (
+        (torch.optim.RMSprop, {}, "got torch.optim.rmsprop.RMSprop"),
+        (torch.optim.SGD, {"maximize": True}, "expected no maximize"),
+        (torch.optim.AdamW, {"amsgrad": True}, "expected no amsgrad"),
+        (torch.optim.SGD, {"perturb_decay": True}, "without perturb_decay"),
+    ):
+        optimizer = SAM(model.parameters(), base, lr=0.1, **options)
+        with pytest.raises(UnsupportedOptimizerError, match=match):
+            Trajectory(model, classification(), optimizer)
+    halves = [{"params": list(model.parameters())[:2], "momentum": 0.5},
+              {"params": list(model.parameters())[2:]}]  # fmt: skip
+    with pytest.raises(UnsupportedOptimizerError, match="expected one momentum"):
+        Trajectory(model, classification(), SAM(halves, torch.optim.SGD, lr=0.1))
+    stepped = run(network(), (x, y), order_of(2), 0.1, [0.1] * 2, momentum=0.9)
+    with pytest.raises(UnsupportedOptimizerError, match="expected one that has not stepped yet"):
+        Trajectory(stepped._model, classification(), stepped._optimizer)
     part = SAM(model[0].parameters(), torch.optim.SGD, lr=0.1)
     with pytest.raises(ValueError, match="optimizer: expected the model's parameters"):
         Trajectory(model, classification(), part)

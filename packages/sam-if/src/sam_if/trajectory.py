@@ -10,6 +10,7 @@ from shared_kernels._checks import message
 from torch import Tensor, nn
 
 from sam_if.batches import BatchLoss
+from sam_if.dynamics import dynamics_of
 from sam_if.errors import TrajectoryError, UnsupportedOptimizerError
 from sam_if.objective import ParameterVector
 from sam_if.perturbation import Perturbation
@@ -17,6 +18,7 @@ from sam_if.perturbation import Perturbation
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from sam_if.dynamics import SGD, Adam
     from sam_if.objective import Objective
     from sam_if.optim import SAM
 
@@ -46,7 +48,7 @@ class Step:
 
 
 class Trajectory:
-    """A run of SAM around SGD that is recorded while it is made.
+    """A run of SAM that is recorded while it is made.
 
     ``record`` is called before each step with the batch and the numbers of its samples, and
     ``check`` afterwards, which makes every step anew and compares:
@@ -62,14 +64,14 @@ class Trajectory:
         model: That is trained: in float32 or float64, without dropout, and without batch norm in
             training mode, which couples the samples of a batch.
         objective: Its losses.
-        optimizer: SAM or ASAM around ``torch.optim.SGD``, of all the model's trained parameters.
+        optimizer: SAM or ASAM around SGD, Adam or AdamW of torch, of all the model's trained
+            parameters, before its first step.
+        max_grad_norm: To which gradients at the moved weights are clipped before ``second_step``,
+            by ``torch.nn.utils.clip_grad_norm_``; None if they are not.
 
     Attributes:
         vector: Trained parameters as one vector.
         steps: Recorded so far.
-        momentum: Of SGD, and so the next two.
-        dampening: Of it.
-        nesterov: Whether it looks ahead.
         adaptive: Whether it is ASAM.
 
     Raises:
@@ -77,32 +79,32 @@ class Trajectory:
         ValueError: A model that cannot be recorded, or parameters that are not the optimizer's.
     """
 
-    def __init__(self, model: nn.Module, objective: Objective, optimizer: SAM) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        optimizer: SAM,
+        *,
+        max_grad_norm: float | None = None,
+    ) -> None:
         _check_model(model)
         self.vector = ParameterVector(model, objective)
         self._model, self._optimizer = model, optimizer
-        base = optimizer.base_optimizer
-        if type(base) is not torch.optim.SGD:
+        self.max_grad_norm = max_grad_norm
+        # refused now rather than behind a run
+        dynamics_of(optimizer.base_optimizer, max_grad_norm)
+        groups = optimizer.param_groups
+        kinds = {(group["rho"], group["adaptive"]) for group in groups}
+        if len(kinds) > 1 or optimizer.perturb_decay:
             raise UnsupportedOptimizerError(
-                f"optimizer: expected SAM around torch.optim.SGD, got {type(base).__name__}; "
-                "others have no adjoint here yet"
+                "optimizer: expected one rho and one kind of SAM for all parameters, without "
+                "perturb_decay; groups may differ in lr and weight_decay"
             )
-        groups = base.param_groups
-        options = {
-            name: {group[name] for group in groups}
-            for name in ("momentum", "dampening", "nesterov", "maximize", "adaptive", "rho")
-        }
-        several = sorted(name for name, values in options.items() if len(values) > 1)
-        if several or options["maximize"] == {True} or optimizer.perturb_decay:
+        if optimizer.state:
             raise UnsupportedOptimizerError(
-                "optimizer: expected one momentum, dampening, rho and kind of SAM for all "
-                f"parameters, without maximize and perturb_decay, got different {several}"
-                f"{' or one of these' if not several else ''}; groups may differ in lr and "
-                "weight_decay"
+                "optimizer: expected one that has not stepped yet, got moments of earlier steps; "
+                "a record begins with the run"
             )
-        self.momentum: float = groups[0]["momentum"]
-        self.dampening: float = groups[0]["dampening"]
-        self.nesterov: bool = groups[0]["nesterov"]
         self.adaptive: bool = groups[0]["adaptive"]
         self.steps: list[Step] = []
         named = {id(p): name for name, p in model.named_parameters()}
@@ -182,29 +184,36 @@ class Trajectory:
             step.weights, gradient, step.rho, self.adaptive, self._optimizer.norm_eps
         )
 
+    def dynamics(self) -> SGD | Adam:
+        """Return what the optimizer made of the run's gradients.
+
+        Where an adjoint needs them, all are made anew: two gradients a step.
+        """
+        found = dynamics_of(self._optimizer.base_optimizer, self.max_grad_norm)
+        if found.remembers:
+            for step in self.steps:
+                found.forward(step, self._gradient(step))
+        return found
+
+    def _gradient(self, step: Step) -> Tensor:
+        """Return the gradient at a step's moved weights."""
+        loss = self.loss(step)
+        return loss.gradient(step.weights + self.perturbation(step, loss).epsilon)
+
     def check(self) -> float:
         """Make every step anew from its record, and return how far the worst is from it.
 
         What is compared is the change of the weights, and how far is a part of its length. A run
-        with clipped gradients, dropout, another loss, or a scheduler that came between ``record``
-        and the step is found out.
+        with clipped gradients that it was not told of, with dropout, another loss, or a scheduler
+        that came between ``record`` and the step is found out.
 
         Raises:
             TrajectoryError: A step is not what its record says.
         """
-        worst, buffer = 0.0, None
+        worst, made = 0.0, dynamics_of(self._optimizer.base_optimizer, self.max_grad_norm)
         after = [step.weights for step in self.steps[1:]] + [self.weights]
         for index, (step, found) in enumerate(zip(self.steps, after, strict=True)):
-            loss = self.loss(step)
-            moved = step.weights + self.perturbation(step, loss).epsilon
-            change = loss.gradient(moved) + step.weight_decay * step.weights
-            if self.momentum:
-                buffer = (
-                    change if buffer is None
-                    else self.momentum * buffer + (1 - self.dampening) * change
-                )  # fmt: skip
-                change = change + self.momentum * buffer if self.nesterov else buffer
-            wanted = -step.lr * change
+            wanted = made.forward(step, self._gradient(step))
             apart = torch.linalg.vector_norm(found - step.weights - wanted)
             # what rounding of the weights themselves does
             size = torch.linalg.vector_norm(wanted)
@@ -214,7 +223,7 @@ class Trajectory:
                 raise TrajectoryError(
                     f"step {index}: the weights did not move as recorded, but by {far:.2g} of the "
                     "step otherwise; is the loss the mean of the batch's losses, are gradients "
-                    "clipped, or was record called after a schedule's step?"
+                    "clipped (max_grad_norm), or was record called before a schedule's step?"
                 )
             worst = max(worst, far)
         return worst

@@ -1,17 +1,15 @@
-"""Influence through a whole run: the adjoint of SAM around SGD, step by step backwards.
+"""Influence through a whole run: the adjoint of SAM around an optimizer, step by step backwards.
 
-With ``v_t`` the gradient at ``w_t + eps_t`` plus ``lambda w_t``, buffers
-``m_{t+1} = beta m_t + (1 - tau) v_t`` (the first is v_0) and ``w_{t+1} = w_t - eta_t m_{t+1}``, the
-adjoints of a query f at the end are, from ``w' = grad f`` and ``m' = 0`` on,
+From the gradient w' of a query at the end on, an optimizer's own adjoint (`sam_if.dynamics`) gives
+v', that of the gradient at the moved weights ``w~ = w_t + eps_t``. Then
 
-    m~ = m' - eta w',  v' = (1 - tau) m~,  y = H~ v',  (z, x) = adjoints of eps by y
-    a'_i += (<grad l_i(w~), v'> + <grad l_i(w), z>) / b
-    w' += y + H z + x + lambda v',  m' = beta m~
+    y = H~ v',  (z, x) = adjoints of eps_t by y
+    a'_i += (<grad l_i(w~), v'> + <grad l_i(w_t), z>) / b
+    w' += y + H z + x
 
-where z is ``s P y`` and x is 0 for SAM; with Nesterov's momentum ``m~ = m' - eta beta w'`` and v'
-has ``-eta w'`` besides. Nothing is dropped: for the run that was recorded they are its derivatives.
-A step costs two products with Hessians, which give the samples' dots for nothing, and a gradient,
-however many samples there are.
+where z is ``s P y``, and x is 0 for SAM. Nothing is dropped: for the run that was recorded they are
+its derivatives. A step costs two products with Hessians, which give the samples' dots for nothing,
+and a gradient, however many samples there are.
 """
 
 from __future__ import annotations
@@ -58,6 +56,7 @@ class TrajectoryInfluence:
         self.trajectory, self.hessian = trajectory, hessian
         if check:
             trajectory.check()
+        self._dynamics = trajectory.dynamics()
 
     def scores(
         self, queries: Iterable[Any], *, mean: bool = False, progress: bool = False
@@ -84,20 +83,12 @@ class TrajectoryInfluence:
     def _backwards(self, w: Tensor, bar: Any) -> Tensor:
         """Return the derivatives of a query by the weights of samples, ``(n,)``."""
         run = self.trajectory
-        buffer, found = torch.zeros_like(w), w.new_zeros(run.count)
+        found, back = w.new_zeros(run.count), self._dynamics.reverse()
         for index in range(len(run) - 1, -1, -1):
             step = run.steps[index]
-            if run.momentum:
-                pull = -step.lr * w
-                inner = buffer + (run.momentum * pull if run.nesterov else pull)
-                # the first buffer is the gradient itself
-                v = inner if index == 0 else (1 - run.dampening) * inner
-                v = v + pull if run.nesterov else v
-                buffer = run.momentum * inner
-            else:
-                v = -step.lr * w
+            v, w = back(index, step, w)
             change, dots = self._step(step, v)
-            w = w + change + step.weight_decay * v
+            w = w + change
             found.index_add_(0, torch.tensor(step.samples, device=w.device), dots)
             bar.update()
         return found
