@@ -176,8 +176,13 @@ def maximised(written, w, a, rho):
         epsilon = written.epsilon(w, grad(loss)(w))
         for _ in range(2000):
             # half a step, which converges where whole ones go to and fro
-            step = epsilon + rho * grad(loss)(w + epsilon) / grad(loss)(w + epsilon).norm()
-            epsilon = rho * step / step.norm()
+            found = grad(loss)(w + epsilon)
+            step = epsilon + rho * found / found.norm()
+            after = rho * step / step.norm()
+            near_enough = (after - epsilon).norm() < 1e-15
+            epsilon = after
+            if near_enough:
+                break
         total = total + grad(loss)(w + epsilon)
     return total / len(written.groups) + DECAY * w
 

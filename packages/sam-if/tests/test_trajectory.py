@@ -152,6 +152,12 @@ def test_scores_are_derivatives_through_the_run(name, rho, adaptive):
     influence = TrajectoryInfluence(trajectory)
     found = influence.scores([(query[0][:1], query[1][:1]), (query[0][1:], query[1][1:])])
     assert (found.values + wanted).abs().max() <= 1e-10 * wanted.abs().max()
+    alone = influence.scores([query], together=1)
+    torch.testing.assert_close(alone.values, found.values, rtol=1e-12, atol=1e-16)
+    own = influence.self_influence([int(orders[0][0]), int(orders[1][2])], together=1)
+    at = [int(orders[0][0]), int(orders[1][2])]
+    theirs = influence.scores([(data[0][at], data[1][at])]).values
+    torch.testing.assert_close(own, theirs[[0, 1], at], rtol=1e-12, atol=1e-16)
     mean = influence.scores([query], mean=True)
     torch.testing.assert_close(mean.values[0], found.mean())
     # a sample that was never there has no influence
@@ -353,6 +359,10 @@ def test_what_is_refused():
     made = run(network(), (x, y), order_of(2), 0.1, [0.1] * 2)
     with pytest.raises(ValueError, match="queries: expected at least one sample"):
         TrajectoryInfluence(made).scores([])
+    with pytest.raises(ValueError, match="together: expected an integer in"):
+        TrajectoryInfluence(made).scores([(x[:1], y[:1])], together=0)
+    with pytest.raises(ValueError, match="samples: expected samples of the recorded batches"):
+        TrajectoryInfluence(made).self_influence([SAMPLES])
     with pytest.raises(ValueError, match="hessian: expected one of full, frozen, none"):
         TrajectoryInfluence(made, "half")
 

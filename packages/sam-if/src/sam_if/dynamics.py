@@ -2,9 +2,9 @@
 
 ``forward`` is given the gradient of a step, takes decay, clipping and moments into account, and
 returns the change of the weights; it remembers what the adjoint needs. ``reverse`` begins a pass
-backwards: it gives a function of a step's number, the step and the adjoint w' of the weights after
-it, which returns the adjoint of the gradient, and that of the weights before but for what goes
-through the gradient.
+backwards. It gives a function of a step's number, the step and the adjoint w' of the weights after
+it, ``(p,)``, or several as ``(Q, p)``. That returns the adjoint of the gradient, and that of the
+weights before but for what goes through the gradient.
 
 Gradients that are longer than ``max_norm`` are clipped as ``torch.nn.utils.clip_grad_norm_`` does:
 their adjoint is of the form ``s P`` as SAM's is.
@@ -84,7 +84,8 @@ class _Clipping:
         factor = self.max_norm / (norm + _CLIP_EPS)
         if factor >= 1:
             return v
-        return factor * (v - gradient * (gradient @ v) / (norm * (norm + _CLIP_EPS)))
+        along = (v @ gradient).unsqueeze(-1) / (norm * (norm + _CLIP_EPS))
+        return factor * (v - along * gradient)
 
 
 class SGD:

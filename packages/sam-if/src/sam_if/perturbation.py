@@ -67,9 +67,9 @@ class Perturbation:
         return self.scale * self._scaled(self._scaled(self.gradient))
 
     def project(self, x: Tensor) -> Tensor:
-        """``P x``."""
+        """``P x``, of ``(p,)`` or ``(Q, p)``."""
         norm, u = self.norm, self.direction
-        return x - norm / (norm + self.norm_eps) * u * (u @ x)
+        return x - norm / (norm + self.norm_eps) * (x @ u).unsqueeze(-1) * u
 
     def tangent(self, change: Tensor, moved: Tensor | None = None) -> Tensor:
         """Return how the perturbation changes with the gradient and with the weights themselves.
@@ -91,7 +91,8 @@ class Perturbation:
     def adjoint(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the adjoints of the gradient and of the weights by that of the perturbation.
 
-        The second is None for SAM, which measures without the weights.
+        The second is None for SAM, which measures without the weights. Several adjoints are
+        ``(Q, p)``.
         """
         if not self.adaptive:
             return self.scale * self.project(y), None

@@ -14,11 +14,13 @@ and a gradient, however many samples there are.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from shared_kernels._checks import check_choice, message
+from shared_kernels._checks import check_choice, check_range, message
 from torch import Tensor
+from torch.func import grad, vmap
 from tqdm.auto import tqdm
 
 from sam_if.objective import query_gradients
@@ -59,7 +61,12 @@ class TrajectoryInfluence:
         self._dynamics = trajectory.dynamics()
 
     def scores(
-        self, queries: Iterable[Any], *, mean: bool = False, progress: bool = False
+        self,
+        queries: Iterable[Any],
+        *,
+        mean: bool = False,
+        together: int = 8,
+        progress: bool = False,
     ) -> Scores:
         """Return by how much each query would rise if a training sample had not been there.
 
@@ -68,28 +75,68 @@ class TrajectoryInfluence:
         Args:
             queries: Batches, as the objective measures them.
             mean: Ask for the mean over all of them, for one pass through the run.
+            together: Queries that go through the run at a time. They share each step's gradient
+                and what is computed before their directions come in; memory grows with them.
             progress: Show a bar.
 
         Raises:
-            ValueError: No queries.
+            ValueError: No queries, or less than one at a time.
         """
+        check_range("together", together, 1, 1 << 31, "as many as memory allows")
         run = self.trajectory
         asked = query_gradients(run.vector, run.weights, queries, mean)
-        steps = len(run) * len(asked)
+        parts = torch.stack(asked).split(together)
+        steps = len(run) * len(parts)
         with tqdm(total=steps, desc="adjoint", unit="step", disable=not progress) as bar:
-            values = torch.stack([self._backwards(gradient, bar) for gradient in asked])
+            values = torch.cat([self._backwards(part, bar) for part in parts])
         return Scores(-values, f"trajectory, {self.hessian}")
 
+    def self_influence(
+        self, samples: Iterable[int], *, together: int = 8, progress: bool = False
+    ) -> Tensor:
+        """Return by how much each sample's own loss would rise without it, ``(m,)``.
+
+        A sample that the model could only learn by heart has much. It takes as much as a query for
+        each, so that a shortlist, of those with the largest losses, is what to ask for.
+
+        Args:
+            samples: Numbers of the training data.
+            together: As in `scores`.
+            progress: Show a bar.
+
+        Raises:
+            ValueError: A number that no recorded batch has.
+        """
+        run, numbers = self.trajectory, list(samples)
+        place = {n: (step, at) for step in run.steps for at, n in enumerate(step.samples)}
+        if unknown := sorted(set(numbers) - place.keys()):
+            remedy = "samples of the recorded batches"
+            raise ValueError(message("samples", remedy, unknown[:3], "they were never trained on"))
+        check_range("together", together, 1, 1 << 31, "as many as memory allows")
+        at = run.weights
+
+        def gradient(number: int) -> Tensor:
+            step, index = place[number]
+            return grad(lambda w: run.vector.losses(w, step.batch)[index])(at)
+
+        parts = torch.stack([gradient(n) for n in numbers]).split(together)
+        steps, found = len(run) * len(parts), []
+        with tqdm(total=steps, desc="adjoint", unit="step", disable=not progress) as bar:
+            for index, part in enumerate(parts):
+                own = numbers[index * together :][: len(part)]
+                found.append(-self._backwards(part, bar)[torch.arange(len(part)), own])
+        return torch.cat(found)
+
     def _backwards(self, w: Tensor, bar: Any) -> Tensor:
-        """Return the derivatives of a query by the weights of samples, ``(n,)``."""
+        """Return the derivatives of queries ``(Q, p)`` by the weights of samples, ``(Q, n)``."""
         run = self.trajectory
-        found, back = w.new_zeros(run.count), self._dynamics.reverse()
+        found, back = w.new_zeros(len(w), run.count), self._dynamics.reverse()
         for index in range(len(run) - 1, -1, -1):
             step = run.steps[index]
             v, w = back(index, step, w)
             change, dots = self._step(step, v)
             w = w + change
-            found.index_add_(0, torch.tensor(step.samples, device=w.device), dots)
+            found.index_add_(1, torch.tensor(step.samples, device=w.device), dots)
             bar.update()
         return found
 
@@ -100,11 +147,11 @@ class TrajectoryInfluence:
         moved = run.perturbation(step, loss)
         at = step.weights + moved.epsilon
         if self.hessian == "none":
-            return torch.zeros_like(v), loss.directional(at, v)
-        product, dots = loss.both(at, v)
+            return torch.zeros_like(v), vmap(partial(loss.directional, at))(v)
+        product, dots = vmap(partial(loss.both, at))(v)
         if self.hessian == "frozen":
             return product, dots
         gradient, weights = moved.adjoint(product)
-        second, more = loss.both(step.weights, gradient)
+        second, more = vmap(partial(loss.both, step.weights))(gradient)
         change = product + second
         return change if weights is None else change + weights, dots + more
