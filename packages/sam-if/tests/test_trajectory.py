@@ -168,6 +168,23 @@ def test_scores_are_derivatives_through_the_run(name, rho, adaptive):
     )
 
 
+def test_weights_that_never_had_a_gradient():
+    """Adam divides by roots of their squares, which are 0."""
+    (x, y), query = texts()
+    x[:, 1] = 0
+    options = {"base": torch.optim.AdamW, "weight_decay": 0.1, "eps": 1e-3}
+    trajectory = run(network(), (x, y), order_of(5), 0.2, [0.1] * 5, **options)
+    found = TrajectoryInfluence(trajectory).scores([query], mean=True).values[0]
+    sample, losses = trajectory.steps[0].samples[0], []
+    for step in (1e-5, -1e-5):
+        weights, model = torch.ones(SAMPLES, dtype=F64), network()
+        weights[sample] += step
+        run(model, (x, y), order_of(5), 0.2, [0.1] * 5, weights=weights, **options)
+        with torch.no_grad():
+            losses.append(cross_entropy(model(query[0]), query[1]))
+    assert float(found[sample]) == pytest.approx(-float(losses[0] - losses[1]) / 2e-5, rel=1e-6)
+
+
 def test_what_is_left_out_is_another_number():
     data, query = texts()
     trajectory = run(network(), data, order_of(7), 0.2, [0.3] * 7, momentum=0.9)
