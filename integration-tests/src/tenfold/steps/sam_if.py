@@ -47,7 +47,7 @@ class SamIfStep:
             weights = torch.ones(_SAMPLES, dtype=x.dtype)
             if without is not None:
                 weights[without] = 0
-            options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
+            options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
             optimizer = SAM(model.parameters(), torch.optim.SGD, _RADIUS, **options)
             run = Trajectory(model, classification(), optimizer)
             for number, samples in enumerate(batches[:steps]):
