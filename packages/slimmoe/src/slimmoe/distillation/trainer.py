@@ -22,6 +22,7 @@ from slimmoe.distillation.alignment import (
 )
 from slimmoe.distillation.balancing import LoadBalancing, row_masks
 from slimmoe.distillation.balancing import not_finite as router_not_finite
+from slimmoe.distillation.head import in_place_of_head
 from slimmoe.distillation.logit_cache import TeacherLogitCache
 from slimmoe.distillation.rows import IGNORED, INDEX, documents, labels_of, targets
 from slimmoe.distillation.schedules import cosine, linear
@@ -262,46 +263,9 @@ class DistillationTrainer(Trainer):
     def _with_head(
         self, model: Any, inputs: Mapping[str, Any], function: Callable[[list[Tensor]], Tensor]
     ) -> tuple[Any, Tensor]:
-        """Run a model, with a function in the place of its head.
-
-        There the weights of the head are whole, also where processes have a part of them each; and
-        what the function gives leaves the model in the place of logits, so that whatever wraps it
-        knows that there will be gradients.
-
-        Args:
-            model: As processes wrap it.
-            inputs: Of a batch.
-            function: Of last hidden states of the model and of modules, ``(B, T - k, D)``; gives a
-                number.
-
-        Returns:
-            What the model says, with the logits of the last token, and the number.
-        """
         known = {key: value for key, value in inputs.items() if key not in ("labels", INDEX)}
-        head, modules = self._student.get_output_embeddings(), self._trained
-        forward, kept = head.forward, []
-
-        def instead(hidden: Tensor) -> Tensor:
-            states = [hidden]
-            if modules is not None:
-                mask = known.get("attention_mask")
-                states += modules(hidden, known["input_ids"], mask, known.get("position_ids"))
-            found = function(states)
-            with torch.no_grad():
-                kept.extend([found.detach(), forward(hidden[:, -1:])])
-            return found
-
-        head.forward = instead
-        try:
-            outputs = model(**known, use_cache=False)
-        finally:
-            del head.forward
-        exact, last = kept
-        loss, outputs.logits = outputs.logits, last
-        if loss.dtype != exact.dtype:
-            # a wrapper has rounded it
-            loss = exact + (loss - loss.detach()).to(exact)
-        return outputs, loss
+        head = self._student.get_output_embeddings()
+        return in_place_of_head(model, head, self._trained, known, function)
 
     def _distilled(
         self, inputs: Mapping[str, Any], states: list[Tensor],
