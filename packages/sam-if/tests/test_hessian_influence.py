@@ -165,6 +165,14 @@ def test_weights_at_no_rest_are_told():
     assert not scores.reliable
 
 
+def test_a_system_that_was_given_up_is_told(retrained):
+    model, train, test, *_ = retrained
+    field = field_of(model, train, 1.0)
+    with pytest.warns(UserWarning, match="was left with a residual"):
+        scores = HessianInfluence(field, tolerance=1e-20).scores([(test[0][:1], test[1][:1])])
+    assert not scores.reliable
+
+
 def test_what_cannot_be_solved():
     """A feature that is never there, without decay, has no curvature."""
     torch.manual_seed(0)

@@ -151,6 +151,30 @@ def test_nothing_moves_without_a_gradient():
         assert torch.equal(value, before[name])
 
 
+def test_what_stopped_half_way_is_restored(monkeypatch):
+    model = network()
+    groups = [{"params": list(part.parameters())} for part in (model[0], model[2])]
+    optimizer = SAM(groups, torch.optim.SGD, 0.5, lr=0.1)
+    before, add = copy.deepcopy(model.state_dict()), torch._foreach_add_
+    calls = []
+
+    def once(*args):
+        calls.append(1)
+        if len(calls) > 1:
+            raise MemoryError
+        add(*args)
+
+    x, y = next(batches(1))
+    cross_entropy(model(x), y).backward()
+    monkeypatch.setattr(torch, "_foreach_add_", once)
+    with pytest.raises(MemoryError):
+        optimizer.first_step()
+    assert not torch.equal(model[0].weight, before["0.weight"])
+    optimizer.restore()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
 def test_a_closure_takes_the_second_gradient():
     one, other = network(), network()
     train(one, SAM(one.parameters(), torch.optim.SGD, lr=0.1), batches(4))

@@ -98,10 +98,11 @@ def test_distillation_goes_on(folder, capsys):
     assert status == 0, err
     streamed = json.loads(text)
     assert all(streamed[name] == told[name] for name in ("kl", "lm", "load_balancing"))
-    both = ("--offload", "--cache", folder / "cache")
-    status, _, err = run(capsys, *plain, "--out", folder / "x", "--steps", 1, *both)
-    assert status == 2
-    assert "offload: expected no cache beside it" in err
+    for name in ("offload", "dequantize"):
+        both = (f"--{name}", "--cache", folder / "cache")
+        status, _, err = run(capsys, *plain, "--out", folder / "x", "--steps", 1, *both)
+        assert status == 2
+        assert f"{name}: expected no cache beside it" in err
     status, text, err = run(capsys, *plain, "--out", folder / "plain", "--steps", 1, "--json",
                             "--router-aux-loss-coef", 0)  # fmt: skip
     assert status == 0, err

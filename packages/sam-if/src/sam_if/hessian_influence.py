@@ -94,12 +94,17 @@ class HessianInfluence:
         """
         asked = query_gradients(self.field.vector, self.field.weights, queries, mean)
         solved = [self._solve(gradient, transposed=True) for gradient in asked]
-        if self.warnings:
-            warnings.warn(self.warnings[0], stacklevel=2)
-        values = torch.stack([self.field.source_dots(y) for y, _ in solved])
         residuals = [residual for _, residual in solved]
-        method = f"hessian, {self.field.mode}, {self.solver}"
-        return Scores(values, method, residuals, self.warnings)
+        told = self.warnings
+        if max(residuals) > 10 * self.tolerance:
+            told.append(
+                f"a linear system was left with a residual of {max(residuals):.2g}, over the "
+                f"tolerance of {self.tolerance:.2g}; give damping, or more max_iterations"
+            )
+        for text in told:
+            warnings.warn(text, stacklevel=2)
+        values = torch.stack([self.field.source_dots(y) for y, _ in solved])
+        return Scores(values, f"hessian, {self.field.mode}, {self.solver}", residuals, told)
 
     def removal(self, samples: Iterable[int]) -> Tensor:
         """Return the change of the weights if samples were removed, to first order, ``(p,)``.

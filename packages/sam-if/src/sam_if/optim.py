@@ -93,7 +93,9 @@ class SAM(torch.optim.Optimizer):
         """
         if self._saved is not None:
             raise RuntimeError("first_step: the weights are moved already; call second_step first")
-        norm, saved = self.grad_norm(), []
+        norm = self.grad_norm()
+        # before anything moves, so that what is stopped half way can be restored
+        saved = self._saved = []
         for group in self.param_groups:
             parameters = _with_gradient(group)
             if not parameters:
@@ -110,7 +112,6 @@ class SAM(torch.optim.Optimizer):
                 found = [moves[n] for n in own]
                 torch._foreach_mul_(found, scale.to(place))
                 torch._foreach_add_([parameters[n] for n in own], found)
-        self._saved = saved
         if zero_grad:
             self.zero_grad()
 

@@ -152,6 +152,9 @@ def distill(
     """
     from slimmoe.compression import fetched
 
+    if cache is not None and dequantize:
+        remedy = "a cache needs no teacher"
+        raise ValueError(message("dequantize", "no cache beside it", str(cache), remedy))
     rows = _sequences(teacher, data, recipe.sequence_length)
     known, dataset = _teacher(teacher, cache, rows, offload, dequantize)
     told = _train(fetched(student), known, dataset, out, recipe, steps, teacher)
