@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+from shared_kernels.testing.models import tiny_model
 
 STEPS, BATCH = 3, 4
 #: What is broken, and what the model is wrapped in.
@@ -67,7 +68,7 @@ def train(rank, world, *, fault="", wrap="", device="cpu"):
     from flashdp.engine import PrivacyEngine
     from flashdp.errors import PrivacyError
     from flashdp.losses import unit_loss
-    from shared_kernels.testing.models import tiny_inputs, tiny_model
+    from shared_kernels.testing.models import tiny_inputs
 
     # A vocabulary that two ranks cannot share evenly.
     model = tiny_model("llama", vocab_size=97).to(device)
@@ -234,6 +235,9 @@ def _rank(rank, meet, path, device):
         # What is broken on purpose needs no GPU.
         cases, backend, device = [case for case in CASES if not case[0]], "nccl", f"cuda:{rank}"
         torch.cuda.set_device(device)
+    # what a model imports takes the group as a default if there is one (torch.distributed.nn),
+    # and a group that outlives destroy_process_group may abort the process at its end
+    tiny_model("llama")
     torch.distributed.init_process_group(
         backend, init_method=Path(meet).as_uri(), rank=int(rank), world_size=2
     )

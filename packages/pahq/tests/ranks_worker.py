@@ -11,6 +11,9 @@ from torch import distributed
 
 
 def main(folder):
+    # what a model imports takes the group as a default if there is one (torch.distributed.nn),
+    # and a group that outlives destroy_process_group may abort the process at its end
+    family("llama")
     distributed.init_process_group("gloo")
     rank, task = distributed.get_rank(), pairs()
     out = {}
