@@ -175,7 +175,7 @@ def test_weights_that_never_had_a_gradient():
     options = {"base": torch.optim.AdamW, "weight_decay": 0.1, "eps": 1e-3}
     trajectory = run(network(), (x, y), order_of(5), 0.2, [0.1] * 5, **options)
     found = TrajectoryInfluence(trajectory).scores([query], mean=True).values[0]
-    sample, losses = trajectory.steps[0].samples[0], []
+    sample, losses = trajectory.records[0].samples[0][0], []
     for step in (1e-5, -1e-5):
         weights, model = torch.ones(SAMPLES, dtype=F64), network()
         weights[sample] += step
@@ -210,11 +210,12 @@ def test_gradient_tracing_by_hand():
     found = TrajectoryInfluence(trajectory, "none").scores([query], mean=True).values[0]
     asked = torch.func.grad(lambda w: trajectory.vector.losses(w, query).mean())(trajectory.weights)
     wanted = torch.zeros(SAMPLES, dtype=F64)
-    for index, (step, samples) in enumerate(zip(trajectory.steps, orders, strict=True)):
+    for index, (step, samples) in enumerate(zip(trajectory.forwards(), orders, strict=True)):
         weight = sum(rates[k] * 0.9 ** (k - index) for k in range(index, 3))
         loss = trajectory.loss(step)
         moved = step.weights + trajectory.perturbation(step, loss).epsilon
-        each = torch.func.jacrev(lambda w, s=step: trajectory.vector.losses(w, s.batch))(moved)
+        batch = step.batches[0][0]
+        each = torch.func.jacrev(lambda w, b=batch: trajectory.vector.losses(w, b))(moved)
         wanted.index_add_(0, samples, weight * each @ asked / 4)
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-15)
 
@@ -308,10 +309,11 @@ def test_a_run_that_is_not_as_recorded():
     data, query = texts()
     trajectory = run(network(), data, order_of(4), 0.2, [0.1] * 4, momentum=0.9)
     with torch.no_grad():
-        trajectory.steps[2].weights[5] += 1e-3
-    with pytest.raises(TrajectoryError, match="step 1: the weights did not move as recorded"):
+        trajectory._snapshots.get(2)["weights"][5] += 1e-3
+    with pytest.raises(TrajectoryError, match="step 2: what was kept of it is damaged"):
         TrajectoryInfluence(trajectory)
-    assert TrajectoryInfluence(trajectory, check=False).scores([query]).values.isfinite().all()
+    with pytest.raises(TrajectoryError, match="step 2: what was kept of it is damaged"):
+        TrajectoryInfluence(trajectory, check=False).scores([query])
 
 
 @pytest.mark.parametrize("change", ["sum", "clip", "late"])
@@ -357,9 +359,6 @@ def test_what_is_refused():
               {"params": list(model.parameters())[2:]}]  # fmt: skip
     with pytest.raises(UnsupportedOptimizerError, match="expected one momentum"):
         Trajectory(model, classification(), SAM(halves, torch.optim.SGD, lr=0.1))
-    stepped = run(network(), (x, y), order_of(2), 0.1, [0.1] * 2, momentum=0.9)
-    with pytest.raises(UnsupportedOptimizerError, match="expected one that has not stepped yet"):
-        Trajectory(stepped._model, classification(), stepped._optimizer)
     part = SAM(model[0].parameters(), torch.optim.SGD, lr=0.1)
     with pytest.raises(ValueError, match="optimizer: expected the model's parameters"):
         Trajectory(model, classification(), part)

@@ -10,6 +10,8 @@ from .objective import classification as classification
 from .objective import regression as regression
 from .optim import SAM as SAM
 from .perturbation import Perturbation as Perturbation
+from .planning import Plan as Plan
+from .planning import plan as plan
 from .scores import Scores as Scores
 from .trajectory import Trajectory as Trajectory
 from .trajectory_influence import TrajectoryInfluence as TrajectoryInfluence

@@ -19,25 +19,26 @@ class BatchLoss:
 
     Args:
         vector: Of the model's parameters.
-        batches: With the places of their samples among all.
-        count: What sums are divided by.
+        batches: Each with the places of its samples among all, and what its sum is divided by.
         sample_weights: a, of all samples.
     """
 
     def __init__(
         self,
         vector: ParameterVector,
-        batches: Sequence[tuple[Any, slice]],
-        count: int,
+        batches: Sequence[tuple[Any, slice, float]],
         sample_weights: Tensor,
     ) -> None:
-        self.vector, self.batches, self.count = vector, batches, count
+        self.vector, self.batches = vector, batches
         self.sample_weights = sample_weights
 
     def loss(self, at: Tensor, weights: Tensor) -> Tensor:
         """Return ``L``, 0-dimensional, of all batches in one graph."""
-        losses = [weights[place] @ self.vector.losses(at, batch) for batch, place in self.batches]
-        return torch.stack(losses).sum() / self.count
+        losses = [
+            weights[place] @ self.vector.losses(at, batch) / count
+            for batch, place, count in self.batches
+        ]
+        return torch.stack(losses).sum()
 
     def _summed(
         self,
@@ -47,10 +48,12 @@ class BatchLoss:
         """Add a linear function of the loss up, batch by batch."""
         total = None
         given = self.sample_weights if weights is None else weights
-        for batch, place in self.batches:
+        for batch, place, count in self.batches:
 
-            def part(at: Tensor, batch: Any = batch, place: slice = place) -> Tensor:
-                return given[place] @ self.vector.losses(at, batch) / self.count
+            def part(
+                at: Tensor, batch: Any = batch, place: slice = place, count: float = count
+            ) -> Tensor:
+                return given[place] @ self.vector.losses(at, batch) / count
 
             found = function(part)
             total = found if total is None else total + found
@@ -68,10 +71,10 @@ class BatchLoss:
     def directional(self, at: Tensor, x: Tensor) -> Tensor:
         """Return ``<grad l_i, x> / count`` of each sample."""
         found = []
-        for batch, _ in self.batches:
+        for batch, _, count in self.batches:
             losses = lambda w, batch=batch: self.vector.losses(w, batch)  # noqa: E731
-            found.append(jvp(losses, (at,), (x,))[1])
-        return torch.cat(found) / self.count
+            found.append(jvp(losses, (at,), (x,))[1] / count)
+        return torch.cat(found)
 
     def both(self, at: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``H x`` and ``<grad l_i, x> / count``, the second for nothing.
@@ -79,10 +82,12 @@ class BatchLoss:
         The derivative of the losses along x is what the Hessian's product is the gradient of.
         """
         total, dots = torch.zeros_like(at), []
-        for batch, place in self.batches:
+        for batch, place, count in self.batches:
 
-            def along(w: Tensor, batch: Any = batch, place: slice = place) -> tuple[Tensor, Tensor]:
-                found = jvp(lambda v: self.vector.losses(v, batch), (w,), (x,))[1] / self.count
+            def along(
+                w: Tensor, batch: Any = batch, place: slice = place, count: float = count
+            ) -> tuple[Tensor, Tensor]:
+                found = jvp(lambda v: self.vector.losses(v, batch), (w,), (x,))[1] / count
                 return self.sample_weights[place] @ found, found
 
             product, found = grad(along, has_aux=True)(at)

@@ -122,14 +122,15 @@ class SAMField:
             got = tuple(sample_weights.shape)
             raise ValueError(message("sample_weights", f"({self.count},)", got, remedy))
         self.sample_weights = sample_weights.to(self.weights)
-        parts = list(zip(batches, places, strict=True))
-        if perturbation == "full":
-            self._groups = [BatchLoss(self.vector, parts, self.count, self.sample_weights)]
-        else:
-            self._groups = [
-                BatchLoss(self.vector, [part], size, self.sample_weights)
-                for part, size in zip(parts, sizes, strict=True)
-            ]
+        whole = perturbation == "full"
+        parts = [
+            (batch, place, self.count if whole else size)
+            for batch, place, size in zip(batches, places, sizes, strict=True)
+        ]
+        self._groups = [
+            BatchLoss(self.vector, group, self.sample_weights)
+            for group in ([parts] if whole else [[part] for part in parts])
+        ]
         self._perturbations: list[Perturbation] | None = None
         self._maximisers: list[Tensor] | None = None
 
@@ -369,7 +370,7 @@ class SAMField:
             x: ``(p,)``.
         """
         for group in self._groups:
-            for batch, place in group.batches:
+            for batch, place, _ in group.batches:
                 if place.start <= sample < place.stop:
                     losses = lambda w, batch=batch: self.vector.losses(w, batch)  # noqa: E731
                     return jvp(losses, (self.weights,), (x,))[1][sample - place.start]
@@ -413,7 +414,7 @@ class SAMField:
         """``d/da <grad F, y>``: the derivative along y of F's derivatives by sample weights."""
         worst = self._worst(group)
         places = torch.cat([
-            torch.arange(place.start, place.stop, device=y.device) for _, place in group.batches
+            torch.arange(place.start, place.stop, device=y.device) for _, place, _ in group.batches
         ])  # fmt: skip
         by_weights = lambda vector: grad(worst, argnums=1)(vector, self.sample_weights)  # noqa: E731
         return jvp(by_weights, (self.weights,), (y,))[1][places]

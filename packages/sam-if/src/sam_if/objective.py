@@ -30,14 +30,31 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class _FromOutputs:
-    """An objective that is a function of a model's outputs and of labels."""
+    """An objective that is a function of a model's outputs and of labels.
+
+    Attributes:
+        of_outputs: The loss of each sample, ``(b,)``.
+        labels: Key of labels in mappings.
+        spec: Name and arguments of the function that made it, as JSON has them.
+        measured: What is asked of each sample; by default its loss.
+        counted: How much a batch of labels counts among micro-batches of a step; by default as
+            many samples as it has.
+    """
 
     of_outputs: Callable[[Any, Tensor], Tensor]
-    labels: str = "labels"
+    labels: str
+    spec: Mapping[str, Any]
+    measured: Callable[[Any, Tensor], Tensor] | None = None
+    counted: Callable[[Tensor], float] | None = None
 
     def losses(self, model: nn.Module, batch: Any) -> Tensor:
+        return self._numbers(self.of_outputs, model, batch)
+
+    def _numbers(
+        self, function: Callable[[Any, Tensor], Tensor], model: nn.Module, batch: Any
+    ) -> Tensor:
         outputs, labels = self._run(model, batch)
-        found = self.of_outputs(outputs, labels)
+        found = function(outputs, labels)
         if found.shape != labels.shape[:1]:
             remedy = "one number for each sample"
             expected = f"losses of shape {tuple(labels.shape[:1])}"
@@ -45,7 +62,12 @@ class _FromOutputs:
         return found
 
     def measure(self, model: nn.Module, batch: Any) -> Tensor:
-        return self.losses(model, batch)
+        return self._numbers(self.measured or self.of_outputs, model, batch)
+
+    def size(self, batch: Any) -> float:
+        """Return how much a batch counts among micro-batches of a step."""
+        labels = batch[self.labels] if isinstance(batch, Mapping) else batch[1]
+        return len(labels) if self.counted is None else self.counted(labels)
 
     def _run(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         if isinstance(batch, Mapping):
@@ -76,7 +98,8 @@ def classification(*, labels: str = "labels", label_smoothing: float = 0.0) -> O
             logits, target, reduction="none", label_smoothing=label_smoothing
         )
 
-    return _FromOutputs(losses, labels)
+    given = {"name": "classification", "labels": labels, "label_smoothing": label_smoothing}
+    return _FromOutputs(losses, labels, given)
 
 
 def regression(*, labels: str = "labels") -> Objective:
@@ -90,7 +113,7 @@ def regression(*, labels: str = "labels") -> Objective:
         apart = outputs.reshape(len(target), -1) - target.reshape(len(target), -1)
         return apart.square().mean(-1)
 
-    return _FromOutputs(losses, labels)
+    return _FromOutputs(losses, labels, {"name": "regression", "labels": labels})
 
 
 def causal_lm(*, labels: str = "labels", level: str = "mean") -> Objective:
@@ -99,20 +122,52 @@ def causal_lm(*, labels: str = "labels", level: str = "mean") -> Objective:
     Args:
         labels: Key of token ids ``(b, t)``, -100 where a token does not count; logits of token i
             are to say token ``i + 1``.
-        level: ``mean`` over a sequence's counted tokens, or their ``sum``.
+        level: ``mean`` over a sequence's counted tokens, or their ``sum``; or ``token``: the
+            training loss is the mean over all counted tokens of a step, as in transformers, of
+            which a sequence has its own tokens' part. What is asked of a sequence is then its mean.
     """
-    check_choice("level", level, ("mean", "sum"))
+    check_choice("level", level, ("mean", "sum", "token"))
 
-    def losses(logits: Tensor, target: Tensor) -> Tensor:
+    def counts(target: Tensor) -> Tensor:
+        return (target[:, 1:] != IGNORED).sum(-1)
+
+    def total(logits: Tensor, target: Tensor) -> Tensor:
         wanted = target[:, 1:]
         each = functional.cross_entropy(
             logits[:, :-1].transpose(1, 2), wanted, reduction="none", ignore_index=IGNORED
         )
-        total = each.sum(-1)
-        counted = (wanted != IGNORED).sum(-1).clamp(min=1)
-        return total / counted if level == "mean" else total
+        return each.sum(-1)
 
-    return _FromOutputs(losses, labels)
+    def mean(logits: Tensor, target: Tensor) -> Tensor:
+        return total(logits, target) / counts(target).clamp(min=1)
+
+    def part(logits: Tensor, target: Tensor) -> Tensor:
+        return total(logits, target) * (len(target) / counts(target).sum().clamp(min=1))
+
+    given = {"name": "causal_lm", "labels": labels, "level": level}
+    if level == "token":
+        tokens = lambda target: float(counts(target).sum())  # noqa: E731
+        return _FromOutputs(part, labels, given, mean, tokens)
+    return _FromOutputs(mean if level == "mean" else total, labels, given)
+
+
+_READY: dict[str, Callable[..., Objective]] = {
+    "classification": classification, "regression": regression, "causal_lm": causal_lm,
+}  # fmt: skip
+
+
+def objective_of(spec: Mapping[str, Any]) -> Objective:
+    """Return the ready-made objective that has this ``spec``.
+
+    Raises:
+        ValueError: None has.
+    """
+    given = dict(spec)
+    name = given.pop("name", None)
+    if name not in _READY:
+        remedy = "give the one that it was recorded with"
+        raise ValueError(message("objective", f"one of {', '.join(_READY)}", name, remedy))
+    return _READY[name](**given)
 
 
 class Losses(nn.Module):
@@ -138,6 +193,7 @@ class ParameterVector:
 
     Attributes:
         names: Of parameters, in order.
+        shapes: Of each.
         sizes: How many numbers each has.
 
     Raises:
@@ -146,6 +202,7 @@ class ParameterVector:
 
     def __init__(self, model: nn.Module, objective: Objective) -> None:
         self._module = Losses(model, objective)
+        self._objective = objective
         found = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not found:
             raise ValueError(
@@ -158,7 +215,7 @@ class ParameterVector:
             raise ValueError(message("model", "parameters of one kind", got, remedy))
         self.names = list(found)
         self._parameters = list(found.values())
-        self._shapes = [p.shape for p in self._parameters]
+        self.shapes = [p.shape for p in self._parameters]
         self.sizes = [p.numel() for p in self._parameters]
 
     def __len__(self) -> int:
@@ -174,12 +231,17 @@ class ParameterVector:
         for p, part in zip(self._parameters, vector.split(self.sizes), strict=True):
             p.copy_(part.view_as(p))
 
+    def size(self, batch: Any, samples: int) -> float:
+        """Return how much a batch counts among others: by default as many samples as it has."""
+        own = getattr(self._objective, "size", None)
+        return own(batch) if own else samples
+
     def losses(self, vector: Tensor, batch: Any, *, measured: bool = False) -> Tensor:
         """Return losses of samples with these weights, or what is measured, ``(b,)``."""
         parts = vector.split(self.sizes)
         values = {
             f"model.{name}": part.view(shape)
-            for name, part, shape in zip(self.names, parts, self._shapes, strict=True)
+            for name, part, shape in zip(self.names, parts, self.shapes, strict=True)
         }
         return functional_call(
             self._module, values, (batch,), {"measured": measured}, tie_weights=True

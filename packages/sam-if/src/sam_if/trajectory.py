@@ -1,80 +1,68 @@
-"""The record of a run: weights, batches and rates of every step."""
+"""The record of a run: weights, batches and rates of its steps, kept or made again."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from shared_kernels._checks import message
-from torch import Tensor, nn
+from shared_kernels._checks import check_choice, message
 
-from sam_if.batches import BatchLoss
 from sam_if.dynamics import dynamics_of
 from sam_if.errors import TrajectoryError, UnsupportedOptimizerError
-from sam_if.objective import ParameterVector
-from sam_if.perturbation import Perturbation
+from sam_if.objective import objective_of
+from sam_if.records import WEIGHTS, FolderSnapshots, RunFolder, StepRecord, fingerprint, flat_batch
+from sam_if.run import RecordedRun, batch_bits, check_model
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    import os
+    from collections.abc import Callable, Sequence
 
-    from sam_if.dynamics import SGD, Adam
+    from torch import Tensor, nn
+
     from sam_if.objective import Objective
     from sam_if.optim import SAM
 
-#: How far a step may be from its record, as a part of its length, by dtype.
-_FAR = {torch.float64: 1e-9, torch.float32: 1e-3}
+STORAGES = ("all", "sqrt")
 
 
-@dataclass(frozen=True)
-class Step:
-    """A step of SAM, as it was begun.
-
-    Attributes:
-        weights: ``(p,)`` before it.
-        batch: That its gradients are of.
-        samples: Numbers of the batch's samples among the training data.
-        lr: Rate of learning; ``(p,)`` where groups of parameters differ.
-        weight_decay: The same.
-        rho: Radius of the neighbourhood.
-    """
-
-    weights: Tensor
-    batch: Any
-    samples: tuple[int, ...]
-    lr: float | Tensor
-    weight_decay: float | Tensor
-    rho: float
-
-
-class Trajectory:
+class Trajectory(RecordedRun):
     """A run of SAM that is recorded while it is made.
-
-    ``record`` is called before each step with the batch and the numbers of its samples, and
-    ``check`` afterwards, which makes every step anew and compares:
 
         trajectory = Trajectory(model, classification(), optimizer)
         for batch, samples in batches:
-            trajectory.record(batch, samples)
-            ...  # both gradients, of the mean of the batch's losses, and both steps
+            loss = trajectory.step(batch, samples)
 
-    All weights are kept: ``steps * p`` numbers, on the model's device.
+    ``step`` takes a whole step of SAM. In a loop of one's own ``record`` is called before each
+    step instead, and ``check`` afterwards, which makes every step anew and compares.
+
+    With ``storage="all"`` the weights and moments of every step are kept. With ``"sqrt"`` they are
+    of about the root of all steps, and others are made again when they are asked for, which is a
+    SAM step each; they are compared with 64 bits that were kept of them, so that it is the run
+    itself or an error. What is kept is in host memory, or in files of a folder, and is copied
+    while the device computes.
 
     Args:
         model: That is trained: in float32 or float64, without dropout, and without batch norm in
             training mode, which couples the samples of a batch.
         objective: Its losses.
         optimizer: SAM or ASAM around SGD, Adam or AdamW of torch, of all the model's trained
-            parameters, before its first step.
+            parameters. If it has stepped before, moments of then count for constants.
         max_grad_norm: To which gradients at the moved weights are clipped before ``second_step``,
             by ``torch.nn.utils.clip_grad_norm_``; None if they are not.
+        folder: A new one; by default all is in memory.
+        storage: ``all`` or ``sqrt``.
+        batch_of: Makes the batch of some samples of the numbers that they have, so that batches
+            are not kept; it must always be the same one.
 
     Attributes:
-        vector: Trained parameters as one vector.
-        steps: Recorded so far.
+        model: As given.
+        vector: Its trained parameters as one vector.
+        objective: As given.
+        records: Of each step.
         adaptive: Whether it is ASAM.
 
     Raises:
+        FileExistsError: The folder is not empty.
         UnsupportedOptimizerError: Another optimizer, or options of it that have no adjoint here.
         ValueError: A model that cannot be recorded, or parameters that are not the optimizer's.
     """
@@ -86,159 +74,283 @@ class Trajectory:
         optimizer: SAM,
         *,
         max_grad_norm: float | None = None,
+        folder: str | os.PathLike[str] | None = None,
+        storage: str = "all",
+        batch_of: Callable[[Sequence[int]], Any] | None = None,
     ) -> None:
-        _check_model(model)
-        self.vector = ParameterVector(model, objective)
-        self._model, self._optimizer = model, optimizer
-        self.max_grad_norm = max_grad_norm
-        # refused now rather than behind a run
-        dynamics_of(optimizer.base_optimizer, max_grad_norm)
-        groups = optimizer.param_groups
-        kinds = {(group["rho"], group["adaptive"]) for group in groups}
-        if len(kinds) > 1 or optimizer.perturb_decay:
-            raise UnsupportedOptimizerError(
-                "optimizer: expected one rho and one kind of SAM for all parameters, without "
-                "perturb_decay; groups may differ in lr and weight_decay"
-            )
-        if optimizer.state:
-            raise UnsupportedOptimizerError(
-                "optimizer: expected one that has not stepped yet, got moments of earlier steps; "
-                "a record begins with the run"
-            )
-        self.adaptive: bool = groups[0]["adaptive"]
-        self.steps: list[Step] = []
-        named = {id(p): name for name, p in model.named_parameters()}
-        held = {named.get(id(p)) for group in groups for p in group["params"] if p.requires_grad}
-        if held != set(self.vector.names):
-            differ = sorted(str(name) for name in held ^ set(self.vector.names))
-            remedy = "give it all of the model's trained parameters, and no others"
-            raise ValueError(message("optimizer", "the model's parameters", differ[:3], remedy))
-        self._named = named
+        check_choice("storage", storage, STORAGES)
+        settings = _settings(model, optimizer, max_grad_norm)
+        spec = getattr(objective, "spec", None)
+        settings |= {"storage": storage, "objective": spec, "batches": batch_of is None}
+        files = RunFolder(folder) if folder else None
+        if files:
+            files.begin(settings)
+        super().__init__(model, objective, settings, files, batch_of)
+        self._optimizer: SAM | None = optimizer
+        self._every = 1
 
-    def __len__(self) -> int:
-        return len(self.steps)
+    @classmethod
+    def open(
+        cls,
+        folder: str | os.PathLike[str],
+        model: nn.Module,
+        objective: Objective | None = None,
+        *,
+        batch_of: Callable[[Sequence[int]], Any] | None = None,
+    ) -> Trajectory:
+        """Read a run.
 
-    @property
-    def count(self) -> int:
-        """Samples there are: one more than the largest number."""
-        return 1 + max((max(step.samples) for step in self.steps), default=-1)
-
-    @property
-    def weights(self) -> Tensor:
-        """The model's weights now, ``(p,)``."""
-        return self.vector.read()
-
-    def record(self, batch: Any, samples: Sequence[int] | Tensor) -> None:
-        """Write down what the next step begins with.
+        Of one that was interrupted the last step that was begun does not count.
 
         Args:
-            batch: As the objective takes it; it is kept as it is, and must not be changed.
+            folder: That it was recorded to.
+            model: With the parameters that were trained, of whatever values; others must be as
+                they were.
+            objective: That it was recorded with; None for a ready-made one.
+            batch_of: If it was recorded with one.
+
+        Raises:
+            FileNotFoundError: It is no run's folder.
+            ValueError: Another model or objective.
+        """
+        return cls._read(folder, model, objective, batch_of)
+
+    @classmethod
+    def resume(
+        cls,
+        folder: str | os.PathLike[str],
+        model: nn.Module,
+        optimizer: SAM,
+        objective: Objective | None = None,
+        *,
+        at: int,
+        batch_of: Callable[[Sequence[int]], Any] | None = None,
+    ) -> Trajectory:
+        """Go on with a run that was interrupted; what was recorded from a step on is forgotten.
+
+        Args:
+            folder: That it was recorded to.
+            model: With the weights before that step.
+            optimizer: With its state before that step.
+            objective: As in `open`.
+            at: Number of the step.
+            batch_of: As in `open`.
+
+        Raises:
+            TrajectoryError: Weights or moments are not those that the step began with.
+            ValueError: There is no such step, or other options than it was recorded with.
+        """
+        made = cls._read(folder, model, objective, batch_of, cut=at)
+        now = _settings(model, optimizer, made.max_grad_norm)
+        fixed = ("optimizer", "adaptive", "norm_eps")
+        differ = [name for name in fixed if now[name] != made._settings[name]]
+        if differ:
+            remedy = "go on with the options that it began with"
+            raise ValueError(message("optimizer", f"the run's {differ[0]}", now[differ[0]], remedy))
+        made._optimizer = optimizer
+        return made
+
+    @classmethod
+    def _read(
+        cls,
+        folder: str | os.PathLike[str],
+        model: nn.Module,
+        objective: Objective | None,
+        batch_of: Callable[[Sequence[int]], Any] | None,
+        cut: int | None = None,
+    ) -> Trajectory:
+        files = RunFolder(folder)
+        settings, records = files.read()
+        if objective is None:
+            if settings["objective"] is None:
+                remedy = "give the one that it was recorded with"
+                raise ValueError(message("objective", "the run's own", None, remedy))
+            objective = objective_of(settings["objective"])
+        if settings["batches"] != (batch_of is None):
+            expected = "no function" if settings["batches"] else "the run's function"
+            remedy = "batches are in the folder" if settings["batches"] else "they were not kept"
+            raise ValueError(message("batch_of", expected, batch_of, remedy))
+        expected, got = settings["weights"], _shapes(model)
+        if expected != got:
+            remedy = "give the model that was trained"
+            differ = sorted(n for n in expected | got if expected.get(n) != got.get(n))
+            raise ValueError(message("model", "the run's parameters", differ[:3], remedy))
+        made = cls.__new__(cls)
+        RecordedRun.__init__(made, model, objective, settings, files, batch_of)
+        made._optimizer, made._every = None, 1
+        made._final = settings.get("final")
+        if cut is not None:
+            made._cut(records, cut)
+        elif made._final is None and records:
+            made._final = records[-1].weights
+            records = records[:-1]
+        made.records = records if cut is None else records[:cut]
+        held = made._snapshots.held()
+        if made.records and (not held or held[0] != 0):
+            raise TrajectoryError(f"{files.path}: the weights before step 0 are missing")
+        return made
+
+    def _cut(self, records: list[StepRecord], at: int) -> None:
+        """Forget steps from one on, if the weights are those that it began with."""
+        final = self._settings.pop("final", None)
+        self._final = None
+        hashes = [record.weights for record in records] + ([] if final is None else [final])
+        if not 0 <= at < len(hashes):
+            remedy = "one that was begun"
+            raise ValueError(message("at", f"a step in 0 to {len(hashes) - 1}", at, remedy))
+        if fingerprint(self.vector.read()) != hashes[at]:
+            raise TrajectoryError(
+                f"step {at}: the model's weights are not those that it began with; load the "
+                "checkpoint of that step"
+            )
+        assert self._folder and self._files
+        for index in self._snapshots.held():
+            if index >= at:
+                self._snapshots.drop(index)
+        for index in range(at, len(records)):
+            self._files.drop(index)
+        self._folder.cut(records[:at])
+        self._folder.finish(self._settings)
+        held = self._snapshots.held()
+        self._every = held[1] - held[0] if len(held) > 1 else 1
+
+    # --- recording -------------------------------------------------------------------------------
+
+    def step(self, batch: Any, samples: Sequence[int] | Tensor) -> Tensor:
+        """Record a step and take it.
+
+        Args:
+            batch: As the objective takes it.
             samples: Numbers of its samples among the training data; one that is there twice
                 counts twice.
 
+        Returns:
+            The mean of the losses before it, 0-dimensional.
+
         Raises:
-            RuntimeError: The weights are between the two steps of SAM.
-            ValueError: Numbers that are negative, or not as many as the batch's losses.
+            RuntimeError: Weights are between the two steps of SAM, or the run is finished.
+            ValueError: Numbers that are negative, or not one for each sample.
         """
+        return self.step_window([(batch, samples)])
+
+    def step_window(self, parts: Sequence[tuple[Any, Sequence[int] | Tensor]]) -> Tensor:
+        """Record a step of several micro-batches and take it; they have one perturbation.
+
+        How much each counts is how many samples it has, or what else the objective says.
+
+        Args:
+            parts: Batches with the numbers of their samples, as in `step`.
+        """
+        self.record_window(parts)
+        assert self._optimizer is not None
+        return self._take(self._optimizer, [batch for batch, _ in parts], self.records[-1])
+
+    def record(self, batch: Any, samples: Sequence[int] | Tensor) -> None:
+        """Write down what the next step begins with; as `step`, which somebody else takes."""
+        self.record_window([(batch, samples)])
+
+    def record_window(self, parts: Sequence[tuple[Any, Sequence[int] | Tensor]]) -> None:
+        """Write down what the next step begins with; as `step_window`."""
+        if self._optimizer is None or self._final is not None:
+            raise RuntimeError("record: the run is finished; make another, or resume it")
         if self._optimizer.perturbed:
             raise RuntimeError("record: the weights are moved; call it before first_step")
-        numbers = tuple(int(n) for n in samples)
-        weights = self.vector.read()
-        with torch.no_grad():
-            size = len(self.vector.losses(weights, batch))
-        if len(numbers) != size or min(numbers, default=0) < 0:
-            remedy = "one for each sample of the batch"
-            raise ValueError(message("samples", f"{size} numbers of at least 0", numbers, remedy))
-        rho = float(self._optimizer.param_groups[0]["rho"])
-        rate, decay = self._option("lr"), self._option("weight_decay")
-        self.steps.append(Step(weights, batch, numbers, rate, decay, rho))
-
-    def _option(self, name: str) -> float | Tensor:
-        """Return an option of the groups, by parameter where they differ."""
-        groups = self._optimizer.param_groups
-        values = [float(group[name]) for group in groups]
-        if len(set(values)) == 1:
-            return values[0]
-        by_name = {
-            self._named[id(p)]: value
-            for group, value in zip(groups, values, strict=True)
-            for p in group["params"]
-            if p.requires_grad
-        }
-        like = self.vector.read()
-        return torch.cat([
-            like.new_full((size,), by_name[parameter])
-            for parameter, size in zip(self.vector.names, self.vector.sizes, strict=True)
-        ])  # fmt: skip
-
-    def loss(self, step: Step) -> BatchLoss:
-        """Return the loss of a step's batch."""
-        size = len(step.samples)
-        ones = step.weights.new_ones(size)
-        return BatchLoss(self.vector, [(step.batch, slice(0, size))], size, ones)
-
-    def perturbation(self, step: Step, loss: BatchLoss) -> Perturbation:
-        """Return how a step's weights were moved."""
-        gradient = loss.gradient(step.weights)
-        return Perturbation(
-            step.weights, gradient, step.rho, self.adaptive, self._optimizer.norm_eps
+        check_model(self.model)
+        numbers = tuple(tuple(int(n) for n in samples) for _, samples in parts)
+        for (batch, _), own in zip(parts, numbers, strict=True):
+            rows = _rows(batch)
+            if min(own, default=-1) < 0 or rows not in (None, len(own)):
+                expected = "numbers" if rows is None else f"{rows} numbers"
+                remedy = "one for each sample of the batch"
+                raise ValueError(message("samples", f"{expected} of at least 0", own, remedy))
+        index, made, groups = len(self), [batch for batch, _ in parts], self._optimizer.param_groups
+        if self._files and self._batch_of is None:
+            self._files.put(index, made)
+        elif self._batch_of is None:
+            self._kept[index] = made
+        weights, moments = self.vector.read(), self._moments(self._optimizer)
+        record = StepRecord(
+            numbers,
+            tuple(float(group["lr"]) for group in groups),
+            tuple(float(group["weight_decay"]) for group in groups),
+            float(groups[0]["rho"]),
+            self._taken(self._optimizer),
+            fingerprint(weights),
+            fingerprint(*moments.values()),
+            () if self._batch_of is None else tuple(batch_bits(batch) for batch in made),
         )
+        if not index % self._every:
+            self._snapshots.put(index, {WEIGHTS: weights, **moments})
+            self._thin()
+        self.records.append(record)
+        if self._folder:
+            self._folder.append(record)
 
-    def dynamics(self) -> SGD | Adam:
-        """Return what the optimizer made of the run's gradients.
+    def _thin(self) -> None:
+        """Keep about as many snapshots as there are steps between them."""
+        if self._settings["storage"] == "all" or len(self._snapshots.held()) <= 2 * self._every:
+            return
+        self._every *= 2
+        for index in self._snapshots.held():
+            if index % self._every:
+                self._snapshots.drop(index)
 
-        Where an adjoint needs them, all are made anew: two gradients a step.
-        """
-        found = dynamics_of(self._optimizer.base_optimizer, self.max_grad_norm)
-        if found.remembers:
-            for step in self.steps:
-                found.forward(step, self._gradient(step))
-        return found
-
-    def _gradient(self, step: Step) -> Tensor:
-        """Return the gradient at a step's moved weights."""
-        loss = self.loss(step)
-        return loss.gradient(step.weights + self.perturbation(step, loss).epsilon)
-
-    def check(self) -> float:
-        """Make every step anew from its record, and return how far the worst is from it.
-
-        What is compared is the change of the weights, and how far is a part of its length. A run
-        with clipped gradients that it was not told of, with dropout, another loss, or a scheduler
-        that came between ``record`` and the step is found out.
+    def finish(self) -> None:
+        """Keep the weights behind the last step; nothing is recorded afterwards.
 
         Raises:
-            TrajectoryError: A step is not what its record says.
+            RuntimeError: Weights are between the two steps of SAM, or it is finished.
         """
-        worst, made = 0.0, dynamics_of(self._optimizer.base_optimizer, self.max_grad_norm)
-        after = [step.weights for step in self.steps[1:]] + [self.weights]
-        for index, (step, found) in enumerate(zip(self.steps, after, strict=True)):
-            wanted = made.forward(step, self._gradient(step))
-            apart = torch.linalg.vector_norm(found - step.weights - wanted)
-            # what rounding of the weights themselves does
-            size = torch.linalg.vector_norm(wanted)
-            size = size + torch.finfo(found.dtype).eps * torch.linalg.vector_norm(found)
-            far = float(apart / size.clamp(min=torch.finfo(found.dtype).tiny))
-            if not far <= _FAR[found.dtype]:
-                raise TrajectoryError(
-                    f"step {index}: the weights did not move as recorded, but by {far:.2g} of the "
-                    "step otherwise; is the loss the mean of the batch's losses, are gradients "
-                    "clipped (max_grad_norm), or was record called before a schedule's step?"
-                )
-            worst = max(worst, far)
-        return worst
+        if self._optimizer is None or self._final is not None:
+            raise RuntimeError("finish: the run is finished already")
+        if self._optimizer.perturbed:
+            raise RuntimeError("finish: the weights are moved; call second_step before it")
+        weights = self.vector.read()
+        self._final = fingerprint(weights)
+        self._snapshots.put(len(self), {WEIGHTS: weights})
+        if self._folder and isinstance(self._snapshots, FolderSnapshots):
+            self._snapshots.wait()
+            self._folder.finish({**self._settings, "final": self._final})
 
 
-def _check_model(model: nn.Module) -> None:
-    """Refuse a model whose steps depend on chance, or whose samples depend on each other."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p:
-            remedy = "call eval() on it"
-            raise ValueError(message("model", "no dropout", f"{name}.p = {module.p}", remedy))
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
-            remedy = "call eval() on it: its statistics couple the samples of a batch"
-            raise ValueError(message("model", "no batch norm in training", name, remedy))
-    kinds = {p.dtype for p in model.parameters() if p.requires_grad}
-    if wrong := sorted(str(kind) for kind in kinds - set(_FAR)):
-        remedy = "differences of gradients are noise in 16 bits: model.float()"
-        raise ValueError(message("model", "float32 or float64", wrong, remedy))
+def _shapes(model: nn.Module) -> dict[str, list[int]]:
+    return {name: list(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _settings(model: nn.Module, optimizer: SAM, max_grad_norm: float | None) -> dict[str, Any]:
+    """Return what has to be known of an optimizer, as JSON has it.
+
+    Raises:
+        UnsupportedOptimizerError: Its steps have no adjoint here.
+    """
+    groups = optimizer.param_groups
+    kind = type(optimizer.base_optimizer)
+    dynamics_of(kind, groups, max_grad_norm)
+    kinds = {(group["rho"], group["adaptive"]) for group in groups}
+    if len(kinds) > 1 or optimizer.perturb_decay:
+        raise UnsupportedOptimizerError(
+            "optimizer: expected one rho and one kind of SAM for all parameters, without "
+            "perturb_decay; groups may differ in lr and weight_decay"
+        )
+    named = {id(p): name for name, p in model.named_parameters()}
+    plain = (bool, int, float, str, list, tuple, type(None))
+    made = []
+    for group in groups:
+        options = {name: value for name, value in group.items() if isinstance(value, plain)}
+        options["lr"] = float(group["lr"])
+        held = [named.get(id(p), "a parameter of another model")
+                for p in group["params"] if p.requires_grad]  # fmt: skip
+        made.append({**options, "params": held})
+    return {
+        "optimizer": kind.__name__, "groups": made, "adaptive": groups[0]["adaptive"],
+        "norm_eps": optimizer.norm_eps, "max_grad_norm": max_grad_norm, "torch": torch.__version__,
+        "weights": _shapes(model),
+    }  # fmt: skip
+
+
+def _rows(batch: Any) -> int | None:
+    """Return how many samples a batch has, if that can be seen."""
+    try:
+        return len(next(iter(flat_batch(batch).values())))
+    except (ValueError, TypeError, StopIteration):
+        return None

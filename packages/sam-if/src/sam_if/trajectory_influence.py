@@ -29,7 +29,10 @@ from sam_if.scores import Scores
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from sam_if.trajectory import Step, Trajectory
+    from sam_if.batches import BatchLoss
+    from sam_if.perturbation import Perturbation
+    from sam_if.records import Step
+    from sam_if.trajectory import Trajectory
 
 HESSIANS = ("full", "frozen", "none")
 
@@ -58,7 +61,6 @@ class TrajectoryInfluence:
         self.trajectory, self.hessian = trajectory, hessian
         if check:
             trajectory.check()
-        self._dynamics = trajectory.dynamics()
 
     def scores(
         self,
@@ -86,15 +88,15 @@ class TrajectoryInfluence:
         run = self.trajectory
         asked = query_gradients(run.vector, run.weights, queries, mean)
         parts = torch.stack(asked).split(together)
-        steps = len(run) * len(parts)
-        with tqdm(total=steps, desc="adjoint", unit="step", disable=not progress) as bar:
-            values = torch.cat([self._backwards(part, bar) for part in parts])
+        with tqdm(total=_steps(run, len(asked), together), desc="adjoint", unit="step",
+                  disable=not progress) as bar:  # fmt: skip
+            values = torch.cat([self.backwards(part, bar) for part in parts])
         return Scores(-values, f"trajectory, {self.hessian}")
 
     def self_influence(
         self, samples: Iterable[int], *, together: int = 8, progress: bool = False
     ) -> Tensor:
-        """Return by how much each sample's own loss would rise without it, ``(m,)``.
+        """Return by how much what is measured of each sample would rise without it, ``(m,)``.
 
         A sample that the model could only learn by heart has much. It takes as much as a query for
         each, so that a shortlist, of those with the largest losses, is what to ask for.
@@ -108,43 +110,50 @@ class TrajectoryInfluence:
             ValueError: A number that no recorded batch has.
         """
         run, numbers = self.trajectory, list(samples)
-        place = {n: (step, at) for step in run.steps for at, n in enumerate(step.samples)}
-        if unknown := sorted(set(numbers) - place.keys()):
-            remedy = "samples of the recorded batches"
-            raise ValueError(message("samples", remedy, unknown[:3], "they were never trained on"))
         check_range("together", together, 1, 1 << 31, "as many as memory allows")
         at = run.weights
 
         def gradient(number: int) -> Tensor:
-            step, index = place[number]
-            return grad(lambda w: run.vector.losses(w, step.batch)[index])(at)
+            batch, place = run.sample(number)
+            return grad(lambda w: run.vector.losses(w, batch, measured=True)[place])(at)
 
-        parts = torch.stack([gradient(n) for n in numbers]).split(together)
-        steps, found = len(run) * len(parts), []
-        with tqdm(total=steps, desc="adjoint", unit="step", disable=not progress) as bar:
-            for index, part in enumerate(parts):
-                own = numbers[index * together :][: len(part)]
-                found.append(-self._backwards(part, bar)[torch.arange(len(part)), own])
-        return torch.cat(found)
+        found = []
+        with tqdm(total=_steps(run, len(numbers), together), desc="adjoint", unit="step",
+                  disable=not progress) as bar:  # fmt: skip
+            for begin in range(0, len(numbers), together):
+                own = numbers[begin : begin + together]
+                part = torch.stack([gradient(n) for n in own])
+                found.append(-self.backwards(part, bar)[torch.arange(len(own)), own])
+        return torch.cat(found) if found else at.new_zeros(0)
 
-    def _backwards(self, w: Tensor, bar: Any) -> Tensor:
-        """Return the derivatives of queries ``(Q, p)`` by the weights of samples, ``(Q, n)``."""
+    def backwards(self, w: Tensor, bar: Any) -> Tensor:
+        """Return the derivatives of queries by the weights of samples, ``(Q, n)``.
+
+        Args:
+            w: Derivatives of the queries by the weights at the end, ``(Q, p)``.
+            bar: Whose ``update`` is called behind each step.
+
+        Raises:
+            TrajectoryError: A step cannot be made again.
+        """
         run = self.trajectory
-        found, back = w.new_zeros(len(w), run.count), self._dynamics.reverse()
-        for index in range(len(run) - 1, -1, -1):
-            step = run.steps[index]
-            v, w = back(index, step, w)
-            change, dots = self._step(step, v)
+        found, back = w.new_zeros(len(w), run.count), run.dynamics.reverse()
+        for step in run.backwards():
+            loss = run.loss(step)
+            moved = run.perturbation(step, loss)
+            at = step.weights + moved.epsilon
+            gradient = loss.gradient(at) if run.dynamics.needs_gradient else None
+            v, w = back(step, gradient, w)
+            change, dots = self._through(step, loss, moved, v)
             w = w + change
             found.index_add_(1, torch.tensor(step.samples, device=w.device), dots)
             bar.update()
         return found
 
-    def _step(self, step: Step, v: Tensor) -> tuple[Tensor, Tensor]:
+    def _through(
+        self, step: Step, loss: BatchLoss, moved: Perturbation, v: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Return what the weights and the samples have to do with a step's gradient along v."""
-        run = self.trajectory
-        loss = run.loss(step)
-        moved = run.perturbation(step, loss)
         at = step.weights + moved.epsilon
         if self.hessian == "none":
             return torch.zeros_like(v), vmap(partial(loss.directional, at))(v)
@@ -155,3 +164,8 @@ class TrajectoryInfluence:
         second, more = vmap(partial(loss.both, step.weights))(gradient)
         change = product + second
         return change if weights is None else change + weights, dots + more
+
+
+def _steps(run: Trajectory, queries: int, together: int) -> int:
+    """Return how many steps backwards some queries take."""
+    return len(run) * -(-queries // together)
