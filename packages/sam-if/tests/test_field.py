@@ -193,7 +193,7 @@ def test_the_exact_maximiser():
     written = Written(model, data, rho)
     a = torch.ones(written.count, dtype=F64)
     near(field.residual(), maximised(written, written.w, a, rho), 1e-9)
-    for epsilon, group in zip(field.epsilons(), field._groups, strict=True):
+    for epsilon, group in zip(field.epsilons(), field.groups, strict=True):
         found = group.gradient(field.weights + epsilon)
         near(found / found.norm(), epsilon / rho, 1e-8)
     x = torch.randn(len(field), generator=torch.Generator().manual_seed(3), dtype=F64)

@@ -62,7 +62,10 @@ def trained(
                     lr=0.1, **given)  # fmt: skip
     made = Trajectory(model, classification(), optimizer, **options)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for samples in orders(steps)[:stop]:
+    for number, samples in enumerate(orders(steps)[:stop]):
+        for group in optimizer.param_groups:
+            group["rho"] = 0.2 - 0.1 * number / steps
+            group["weight_decay"] = group["weight_decay"] * 0.95
         made.step((x[samples], y[samples]), samples)
         schedule.step()
     return made, model, optimizer, schedule
@@ -218,6 +221,38 @@ def test_groups_are_made_again(tmp_path):
     assert torch.equal(scores(Trajectory.open(tmp_path / "run", network())), wanted)
 
 
+@pytest.mark.parametrize("base", BASES)
+def test_a_run_is_made_again_without_samples(base, tmp_path):
+    """As a loop that has them with weight 0, and bit for bit the run itself without none."""
+    run, _, _, _ = trained(9, base=base, folder=tmp_path / "run", storage="sqrt", max_grad_norm=0.5)
+    run.finish()
+    found = Trajectory.open(tmp_path / "run", network(seed=4))
+    before = found.vector.read()
+    assert torch.equal(found.retrain([]), found.weights)
+    x, y = data()
+    removed = torch.tensor([2, 7, 5])
+    model = network()
+    kind, given = BASES[base]
+    optimizer = SAM(model.parameters(), kind, 0.2, lr=0.1, **given)
+    weights = torch.ones(SAMPLES, dtype=F64)
+    weights[removed] = 0
+    for samples, record in zip(orders(9), run.records, strict=True):
+        for group in optimizer.param_groups:
+            group.update(lr=record.lr[0], weight_decay=record.weight_decay[0], rho=record.rho)
+        for step in (optimizer.first_step, optimizer.second_step):
+            losses = cross_entropy(model(x[samples]), y[samples], reduction="none")
+            (losses * weights[samples]).mean().backward()
+            if step == optimizer.second_step:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            step(zero_grad=True)
+    wanted = torch.cat([p.detach().flatten() for p in model.parameters()])
+    torch.testing.assert_close(found.retrain([7, 2, 5, 5]), wanted, rtol=1e-10, atol=1e-13)
+    assert (wanted - found.weights).norm() > 1e-3
+    assert torch.equal(found.vector.read(), before)
+    with pytest.raises(ValueError, match="removed: expected samples of the recorded batches"):
+        found.retrain([SAMPLES])
+
+
 # --- interruptions -------------------------------------------------------------------------------
 
 
@@ -248,7 +283,10 @@ def test_a_run_goes_on_where_it_was_interrupted(base, storage, tmp_path):
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 11)
     schedule.load_state_dict(saved[1])
     run = Trajectory.resume(tmp_path / "run", model, optimizer, at=6)
-    for samples in orders(11)[6:]:
+    for number, samples in enumerate(orders(11)[6:], 6):
+        for group in optimizer.param_groups:
+            group["rho"] = 0.2 - 0.1 * number / 11
+            group["weight_decay"] = group["weight_decay"] * 0.95
         run.step((x[samples], y[samples]), samples)
         schedule.step()
     run.finish()
@@ -285,13 +323,18 @@ def test_what_is_damaged_is_found_out(tmp_path):
         with pytest.raises(error, match=match):
             scores(Trajectory.open(copy, network()))
 
-    def flipped(path):
+    def flipped(path, place=-3):
         found = bytearray(path.read_bytes())
-        found[-3] ^= 1
+        found[place] ^= 1
         path.write_bytes(found)
+
+    def moments(path):
+        # the first numbers behind the header
+        flipped(path, 8 + int.from_bytes(path.read_bytes()[:8], "little"))
 
     weights = "weights/00000002.safetensors"
     broken(weights, flipped, TrajectoryError, "step 2: what was kept of it is damaged")
+    broken(weights, moments, TrajectoryError, "step 2: what was kept of it is damaged")
     broken("weights/00000005.safetensors", flipped, TrajectoryError, "step 5: what was kept")
     broken(weights, lambda p: p.write_bytes(p.read_bytes()[:50]), TrajectoryError,
            "cannot be read")  # fmt: skip

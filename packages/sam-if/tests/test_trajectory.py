@@ -168,6 +168,28 @@ def test_scores_are_derivatives_through_the_run(name, rho, adaptive):
     )
 
 
+def test_layers_whose_derivatives_torch_has_in_one_order_only():
+    """Backwards over forwards, a layer norm's second derivatives are others (torch 2.15)."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(4, 5), torch.nn.LayerNorm(5), torch.nn.GELU(), torch.nn.Linear(5, 3)
+    ).to(F64)  # fmt: skip
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    data, query = texts()
+    orders, rates = order_of(4), [0.3] * 4
+    trajectory = run(model, data, orders, 0.2, rates, momentum=0.9)
+    found = TrajectoryInfluence(trajectory).scores([query], mean=True).values[0]
+    sample, losses = trajectory.records[0].samples[0][0], []
+    for step in (1e-5, -1e-5):
+        weights = torch.ones(SAMPLES, dtype=F64)
+        weights[sample] += step
+        model.load_state_dict(start)
+        run(model, data, orders, 0.2, rates, weights=weights, momentum=0.9)
+        with torch.no_grad():
+            losses.append(cross_entropy(model(query[0]), query[1]))
+    assert float(found[sample]) == pytest.approx(-float(losses[0] - losses[1]) / 2e-5, rel=1e-6)
+
+
 def test_weights_that_never_had_a_gradient():
     """Adam divides by roots of their squares, which are 0."""
     (x, y), query = texts()

@@ -12,13 +12,22 @@ import sys
 from pathlib import Path
 
 import pytest
-from shared_kernels.ops import distill, dp, patching, prefix_attention, sampling, segments, skinny
+from shared_kernels.ops import (
+    distill,
+    dp,
+    ghost,
+    patching,
+    prefix_attention,
+    sampling,
+    segments,
+    skinny,
+)
 from shared_kernels.ops.patching import attention as patching_attention
 from shared_kernels.ops.patching import kl as patching_kl
 from shared_kernels.ops.prefix_attention import decode
 
 FAMILIES = {
-    "decode": decode, "distill": distill, "dp": dp, "patching": patching,
+    "decode": decode, "distill": distill, "dp": dp, "ghost": ghost, "patching": patching,
     "patching_attention": patching_attention, "patching_kl": patching_kl,
     "prefix": prefix_attention, "sampling": sampling, "segments": segments, "skinny": skinny,
 }  # fmt: skip

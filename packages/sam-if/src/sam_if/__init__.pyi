@@ -1,4 +1,11 @@
+from . import evaluate as evaluate
 from ._version import __version__ as __version__
+from .attribution import attribute as attribute
+from .config import SAMConfig as SAMConfig
+from .detect import Suspect as Suspect
+from .detect import Suspects as Suspects
+from .detect import detect_mislabels as detect_mislabels
+from .ekfac import EKFAC as EKFAC
 from .errors import ConvergenceError as ConvergenceError
 from .errors import TrajectoryError as TrajectoryError
 from .errors import UnsupportedOptimizerError as UnsupportedOptimizerError
@@ -12,6 +19,11 @@ from .optim import SAM as SAM
 from .perturbation import Perturbation as Perturbation
 from .planning import Plan as Plan
 from .planning import plan as plan
+from .removal import Certificate as Certificate
+from .removal import Edited as Edited
+from .removal import remove as remove
 from .scores import Scores as Scores
+from .trainer import SAMMixin as SAMMixin
+from .trainer import SAMTrainer as SAMTrainer
 from .trajectory import Trajectory as Trajectory
 from .trajectory_influence import TrajectoryInfluence as TrajectoryInfluence

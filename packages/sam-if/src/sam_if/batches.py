@@ -79,18 +79,20 @@ class BatchLoss:
     def both(self, at: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``H x`` and ``<grad l_i, x> / count``, the second for nothing.
 
-        The derivative of the losses along x is what the Hessian's product is the gradient of.
+        The losses of samples come along with the gradient whose derivative is taken. That is
+        forwards over backwards: backwards over forwards, torch takes what a layer norm has saved
+        for constants, and is wrong (pytorch issue 196700).
         """
         total, dots = torch.zeros_like(at), []
         for batch, place, count in self.batches:
 
-            def along(
+            def part(
                 w: Tensor, batch: Any = batch, place: slice = place, count: float = count
             ) -> tuple[Tensor, Tensor]:
-                found = jvp(lambda v: self.vector.losses(v, batch), (w,), (x,))[1] / count
+                found = self.vector.losses(w, batch) / count
                 return self.sample_weights[place] @ found, found
 
-            product, found = grad(along, has_aux=True)(at)
+            product, along = jvp(grad(part, has_aux=True), (at,), (x,))[1]
             total = total + product
-            dots.append(found)
+            dots.append(along)
         return total, torch.cat(dots)

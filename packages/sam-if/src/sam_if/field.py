@@ -34,6 +34,7 @@ from sam_if.batches import BatchLoss
 from sam_if.errors import ConvergenceError
 from sam_if.objective import ParameterVector
 from sam_if.perturbation import Perturbation
+from sam_if.requirements import check_derivatives
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -60,7 +61,8 @@ class SAMField:
         objective: Its losses.
         data: Batches, which are kept: what ``objective`` takes.
         rho: Radius of the neighbourhood.
-        weight_decay: lambda, at the weights and outside of the perturbation.
+        weight_decay: lambda, at the weights and outside of the perturbation; ``(p,)`` where
+            parameters differ.
         adaptive: ASAM.
         perturbation: ``minibatch``: each batch has its own eps, as where a step sees one batch;
             ``full``: all data have one.
@@ -72,10 +74,11 @@ class SAMField:
     Attributes:
         vector: Trained parameters as one vector.
         weights: w, ``(p,)``.
+        groups: Losses of data that have one perturbation.
 
     Raises:
         ValueError: No data, an option that is out of range, ``envelope`` with ASAM, or a model in
-            16 bits.
+            16 bits or with fused attention.
     """
 
     def __init__(
@@ -84,7 +87,7 @@ class SAMField:
         objective: Objective,
         data: Iterable[Any],
         rho: float,
-        weight_decay: float = 0.0,
+        weight_decay: float | Tensor = 0.0,
         *,
         adaptive: bool = False,
         perturbation: str = "minibatch",
@@ -95,16 +98,15 @@ class SAMField:
         check_choice("mode", mode, MODES)
         check_choice("perturbation", perturbation, PERTURBATIONS)
         for name, value in (("rho", rho), ("weight_decay", weight_decay)):
-            if not 0 <= value < math.inf:
+            given = torch.as_tensor(value)
+            if not ((given >= 0) & (given < math.inf)).all():
                 raise ValueError(message(name, "a number of at least 0", value, "0 is without"))
         if mode == "envelope" and (adaptive or not rho):
             remedy = "the maximiser nearby is that of SAM with a radius"
             raise ValueError(message("mode", "field, frozen or objective", mode, remedy))
+        check_derivatives(model)
         self.vector = ParameterVector(model, objective)
         self.weights = self.vector.read()
-        if self.weights.dtype.itemsize < 4:
-            remedy = "differences of gradients are noise in 16 bits: model.float()"
-            raise ValueError(message("model", "float32 or float64", self.weights.dtype, remedy))
         self.rho, self.weight_decay, self.adaptive = rho, weight_decay, adaptive
         self.mode, self.norm_eps = mode, norm_eps
         batches = list(data)
@@ -127,7 +129,7 @@ class SAMField:
             (batch, place, self.count if whole else size)
             for batch, place, size in zip(batches, places, sizes, strict=True)
         ]
-        self._groups = [
+        self.groups = [
             BatchLoss(self.vector, group, self.sample_weights)
             for group in ([parts] if whole else [[part] for part in parts])
         ]
@@ -148,7 +150,7 @@ class SAMField:
                     self.weights, group.gradient(self.weights), self.rho, self.adaptive,
                     self.norm_eps,
                 )
-                for group in self._groups
+                for group in self.groups
             ]  # fmt: skip
         return self._perturbations
 
@@ -163,7 +165,7 @@ class SAMField:
         if self._maximisers is None:
             self._maximisers = [
                 self._maximiser(group, found.epsilon)
-                for group, found in zip(self._groups, self.perturbations, strict=True)
+                for group, found in zip(self.groups, self.perturbations, strict=True)
             ]
         return self._maximisers
 
@@ -185,18 +187,18 @@ class SAMField:
     def residual(self) -> Tensor:
         """Return G at the weights, ``(p,)``; 0 at a fixed point."""
         if self.mode == "objective":
-            parts = [grad(self._worst(group))(self.weights) for group in self._groups]
+            parts = [grad(self._worst(group))(self.weights) for group in self.groups]
         else:
             parts = [
                 group.gradient(self.weights + epsilon)
-                for group, epsilon in zip(self._groups, self.epsilons(), strict=True)
+                for group, epsilon in zip(self.groups, self.epsilons(), strict=True)
             ]
         return torch.stack(parts).mean(0) + self.weight_decay * self.weights
 
     def stationarity(self) -> float:
         """Return ``|G| / (lambda |w| + N)``: how far from a fixed point, as a part of its terms."""
         norms = torch.stack([found.norm for found in self.perturbations])
-        scale = self.weight_decay * torch.linalg.vector_norm(self.weights) + norms.mean()
+        scale = torch.linalg.vector_norm(self.weight_decay * self.weights) + norms.mean()
         return float(torch.linalg.vector_norm(self.residual()) / scale)
 
     def kappa(self, steps: int = 50, seed: int = 0) -> float:
@@ -211,7 +213,7 @@ class SAMField:
         """
         generator = torch.Generator(self.weights.device).manual_seed(seed)
         worst = 0.0
-        for group, found in zip(self._groups, self.perturbations, strict=True):
+        for group, found in zip(self.groups, self.perturbations, strict=True):
             x = torch.randn(
                 len(self), generator=generator, dtype=self.weights.dtype, device=self.weights.device
             )
@@ -239,8 +241,8 @@ class SAMField:
     def matvec(self, x: Tensor) -> Tensor:
         """Return the Jacobian times a vector, ``(p,)``."""
         total = self.weight_decay * x
-        for index, group in enumerate(self._groups):
-            total = total + self._product(index, group, x) / len(self._groups)
+        for index, group in enumerate(self.groups):
+            total = total + self._product(index, group, x) / len(self.groups)
         return total
 
     def _product(self, index: int, group: BatchLoss, x: Tensor) -> Tensor:
@@ -262,12 +264,12 @@ class SAMField:
             # symmetric
             return self.matvec(y)
         total = self.weight_decay * y
-        for group, found in zip(self._groups, self.perturbations, strict=True):
+        for group, found in zip(self.groups, self.perturbations, strict=True):
             product = group.hessian(self.weights + found.epsilon, y)
             gradient, moved = found.adjoint(product)
             part = product + group.hessian(self.weights, gradient)
             part = part if moved is None else part + moved
-            total = total + part / len(self._groups)
+            total = total + part / len(self.groups)
         return total
 
     def _followed(self, group: BatchLoss, epsilon: Tensor, x: Tensor) -> Tensor:
@@ -344,7 +346,7 @@ class SAMField:
             y: ``(p,)``.
         """
         found = []
-        for index, group in enumerate(self._groups):
+        for index, group in enumerate(self.groups):
             if self.mode == "objective":
                 found.append(self._objective_dots(group, y))
                 continue
@@ -360,7 +362,7 @@ class SAMField:
             product, dots = group.both(at, y)
             gradient, _ = self.perturbations[index].adjoint(product)
             found.append(dots + group.directional(self.weights, gradient))
-        return torch.cat(found) / len(self._groups)
+        return torch.cat(found) / len(self.groups)
 
     def losses_along(self, sample: int, x: Tensor) -> Tensor:
         """Return how a training sample's own loss changes along a direction, 0-dimensional.
@@ -369,7 +371,7 @@ class SAMField:
             sample: Its number.
             x: ``(p,)``.
         """
-        for group in self._groups:
+        for group in self.groups:
             for batch, place, _ in group.batches:
                 if place.start <= sample < place.stop:
                     losses = lambda w, batch=batch: self.vector.losses(w, batch)  # noqa: E731
@@ -391,8 +393,8 @@ class SAMField:
             got = tuple(coefficients.shape)
             raise ValueError(message("coefficients", f"({self.count},)", got, remedy))
         c, total = coefficients.to(self.weights), torch.zeros_like(self.weights)
-        for index, group in enumerate(self._groups):
-            total = total + self._source(index, group, c) / len(self._groups)
+        for index, group in enumerate(self.groups):
+            total = total + self._source(index, group, c) / len(self.groups)
         return total
 
     def _source(self, index: int, group: BatchLoss, c: Tensor) -> Tensor:

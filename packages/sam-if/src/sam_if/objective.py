@@ -39,6 +39,8 @@ class _FromOutputs:
         measured: What is asked of each sample; by default its loss.
         counted: How much a batch of labels counts among micro-batches of a step; by default as
             many samples as it has.
+        drawn: Of outputs, labels and a generator, ``(b,)`` numbers whose gradients have the
+            curvature of the losses as their second moment, and no mean.
     """
 
     of_outputs: Callable[[Any, Tensor], Tensor]
@@ -46,6 +48,7 @@ class _FromOutputs:
     spec: Mapping[str, Any]
     measured: Callable[[Any, Tensor], Tensor] | None = None
     counted: Callable[[Tensor], float] | None = None
+    drawn: Callable[[Tensor, Tensor, torch.Generator], Tensor] | None = None
 
     def losses(self, model: nn.Module, batch: Any) -> Tensor:
         return self._numbers(self.of_outputs, model, batch)
@@ -63,6 +66,14 @@ class _FromOutputs:
 
     def measure(self, model: nn.Module, batch: Any) -> Tensor:
         return self._numbers(self.measured or self.of_outputs, model, batch)
+
+    def pseudo(self, model: nn.Module, batch: Any, generator: torch.Generator) -> Tensor:
+        """Return ``(b,)`` numbers whose gradients have the curvature of losses as second moments.
+
+        It is that of generalised Gauss-Newton matrices; the gradients' means are 0.
+        """
+        assert self.drawn is not None
+        return self.drawn(*self._run(model, batch), generator)
 
     def size(self, batch: Any) -> float:
         """Return how much a batch counts among micro-batches of a step."""
@@ -99,7 +110,7 @@ def classification(*, labels: str = "labels", label_smoothing: float = 0.0) -> O
         )
 
     given = {"name": "classification", "labels": labels, "label_smoothing": label_smoothing}
-    return _FromOutputs(losses, labels, given)
+    return _FromOutputs(losses, labels, given, drawn=_drawn_classes)
 
 
 def regression(*, labels: str = "labels") -> Objective:
@@ -113,7 +124,12 @@ def regression(*, labels: str = "labels") -> Objective:
         apart = outputs.reshape(len(target), -1) - target.reshape(len(target), -1)
         return apart.square().mean(-1)
 
-    return _FromOutputs(losses, labels, {"name": "regression", "labels": labels})
+    def drawn(outputs: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
+        outputs = outputs.reshape(len(target), -1)
+        signs = torch.randint(2, outputs.shape, generator=generator, device=outputs.device)
+        return (2 / outputs.shape[1]) ** 0.5 * (outputs * (2 * signs - 1)).sum(-1)
+
+    return _FromOutputs(losses, labels, {"name": "regression", "labels": labels}, drawn=drawn)
 
 
 def causal_lm(*, labels: str = "labels", level: str = "mean") -> Objective:
@@ -144,11 +160,28 @@ def causal_lm(*, labels: str = "labels", level: str = "mean") -> Objective:
     def part(logits: Tensor, target: Tensor) -> Tensor:
         return total(logits, target) * (len(target) / counts(target).sum().clamp(min=1))
 
+    def drawn(logits: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
+        # tokens are drawn independently, so that nothing is left of their products
+        each = _drawn_classes(logits[:, :-1].flatten(0, 1), target[:, 1:].flatten(), generator)
+        each = each.view(len(target), -1) * (target[:, 1:] != IGNORED)
+        if level == "sum":
+            return each.sum(-1)
+        counted = counts(target).clamp(min=1) if level == "mean" else counts(target).sum()
+        share = 1 if level == "mean" else len(target)
+        return each.sum(-1) * (share / counted).sqrt()
+
     given = {"name": "causal_lm", "labels": labels, "level": level}
     if level == "token":
         tokens = lambda target: float(counts(target).sum())  # noqa: E731
-        return _FromOutputs(part, labels, given, mean, tokens)
-    return _FromOutputs(mean if level == "mean" else total, labels, given)
+        return _FromOutputs(part, labels, given, mean, tokens, drawn)
+    return _FromOutputs(mean if level == "mean" else total, labels, given, drawn=drawn)
+
+
+def _drawn_classes(logits: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
+    """Return cross entropies of labels that are drawn as the logits say, ``(b,)``."""
+    odds = logits.detach().softmax(-1)
+    labels = torch.multinomial(odds, 1, generator=generator)[:, 0]
+    return functional.cross_entropy(logits, labels, reduction="none")
 
 
 _READY: dict[str, Callable[..., Objective]] = {
@@ -182,6 +215,18 @@ class Losses(nn.Module):
         """Return ``(b,)`` losses, or what is measured."""
         run = self._objective.measure if measured else self._objective.losses
         return run(self.model, batch)
+
+
+class _Pseudo(nn.Module):
+    """A model whose output is `_FromOutputs.pseudo` of a batch."""
+
+    def __init__(self, model: nn.Module, objective: Any) -> None:
+        super().__init__()
+        self.model, self._objective = model, objective
+
+    def forward(self, batch: Any, generator: torch.Generator) -> Tensor:
+        """Return ``(b,)``."""
+        return self._objective.pseudo(self.model, batch, generator)
 
 
 class ParameterVector:
@@ -218,6 +263,11 @@ class ParameterVector:
         self.shapes = [p.shape for p in self._parameters]
         self.sizes = [p.numel() for p in self._parameters]
 
+    @property
+    def model(self) -> nn.Module:
+        """The model."""
+        return self._module.model
+
     def __len__(self) -> int:
         return sum(self.sizes)
 
@@ -238,14 +288,29 @@ class ParameterVector:
 
     def losses(self, vector: Tensor, batch: Any, *, measured: bool = False) -> Tensor:
         """Return losses of samples with these weights, or what is measured, ``(b,)``."""
+        return self._call(self._module, vector, (batch,), {"measured": measured})
+
+    def pseudo(self, vector: Tensor, batch: Any, generator: torch.Generator) -> Tensor:
+        """Return ``(b,)`` numbers whose gradients have the losses' curvature as second moments.
+
+        Raises:
+            ValueError: The objective has none.
+        """
+        if not hasattr(self._objective, "pseudo"):
+            remedy = "take a ready-made one, or another solver"
+            got = type(self._objective).__name__
+            raise ValueError(message("objective", "one with pseudo", got, remedy))
+        return self._call(_Pseudo(self.model, self._objective), vector, (batch, generator), {})
+
+    def _call(
+        self, module: nn.Module, vector: Tensor, given: tuple[Any, ...], options: dict[str, Any]
+    ) -> Tensor:
         parts = vector.split(self.sizes)
         values = {
             f"model.{name}": part.view(shape)
             for name, part, shape in zip(self.names, parts, self.shapes, strict=True)
         }
-        return functional_call(
-            self._module, values, (batch,), {"measured": measured}, tie_weights=True
-        )
+        return functional_call(module, values, given, options, tie_weights=True)
 
 
 def query_gradients(

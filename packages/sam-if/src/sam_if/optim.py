@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,7 +31,8 @@ class SAM(torch.optim.Optimizer):
     the device. The base optimizer's weight decay is of the weights, not of the moved ones.
 
     Names and arguments are those of davda54/sam. State and parameter groups are the base
-    optimizer's, so that what is saved goes on, and schedules of the learning rate are seen by both.
+    optimizer's, so that what is saved goes on, and schedules of the learning rate are seen by both;
+    also where the base optimizer is stepped or loaded by itself.
 
     Args:
         params: Parameters, or groups, which may have ``rho`` and ``adaptive`` of their own.
@@ -60,6 +62,8 @@ class SAM(torch.optim.Optimizer):
         norm_eps: float = 1e-12,
         **base: Any,
     ) -> None:
+        # has the groups until the base optimizer does
+        self.base_optimizer: Any = SimpleNamespace()
         super().__init__(params, {"rho": rho, "adaptive": adaptive, **base})
         for group in self.param_groups:
             if not 0 <= group["rho"] < math.inf:
@@ -69,11 +73,24 @@ class SAM(torch.optim.Optimizer):
         self._saved: list[tuple[Tensor, Tensor]] | None = None
         self.base_optimizer = base_optimizer(self.param_groups, **base)
         self.defaults.update(self.base_optimizer.defaults)
-        self._share()
 
-    def _share(self) -> None:
-        self.param_groups = self.base_optimizer.param_groups
-        self.state = self.base_optimizer.state
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Parameters and their options."""
+        return self.base_optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.base_optimizer.param_groups = groups
+
+    @property
+    def state(self) -> Any:
+        """What the base optimizer keeps of each parameter."""
+        return self.base_optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.base_optimizer.state = state
 
     @property
     def perturbed(self) -> bool:
@@ -81,11 +98,15 @@ class SAM(torch.optim.Optimizer):
         return self._saved is not None
 
     @torch.no_grad()
-    def first_step(self, zero_grad: bool = False) -> None:
+    def first_step(self, zero_grad: bool = False) -> Tensor:
         """Move the weights to the worst ones nearby, by the gradient that is there.
 
         Args:
             zero_grad: Forget the gradient afterwards.
+
+        Returns:
+            The gradient's norm, as `grad_norm` has it; where it is not finite, `restore` puts
+            back weights that were moved to nowhere.
 
         Raises:
             RuntimeError: The weights are moved already.
@@ -114,6 +135,7 @@ class SAM(torch.optim.Optimizer):
                 torch._foreach_add_([parameters[n] for n in own], found)
         if zero_grad:
             self.zero_grad()
+        return norm
 
     @torch.no_grad()
     def second_step(self, zero_grad: bool = False) -> None:
@@ -209,7 +231,6 @@ class SAM(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the base optimizer's state."""
         self.base_optimizer.load_state_dict(state_dict)
-        self._share()
 
 
 def _with_gradient(group: dict[str, Any]) -> list[Tensor]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from shared_kernels._checks import message
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from sam_if.batches import BatchLoss
 from sam_if.dynamics import dynamics_of
@@ -27,9 +28,10 @@ from sam_if.records import (
     fingerprint,
     flat_batch,
 )
+from sam_if.requirements import check_model
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from sam_if.objective import Objective
 
@@ -74,6 +76,16 @@ class RecordedRun:
 
     def __len__(self) -> int:
         return len(self.records)
+
+    @property
+    def optimizer_name(self) -> str:
+        """Class of the optimizer inside of SAM: ``SGD``, ``Adam`` or ``AdamW``."""
+        return self._settings["optimizer"]
+
+    @property
+    def norm_eps(self) -> float:
+        """What the perturbation adds to a norm."""
+        return self._settings["norm_eps"]
 
     @property
     def count(self) -> int:
@@ -126,22 +138,53 @@ class RecordedRun:
         sizes = [self.vector.size(batch, len(own)) for batch, own in pairs]
         return [size / sum(sizes) for size in sizes]
 
-    def _take(self, optimizer: SAM, batches: Sequence[Any], record: StepRecord) -> Tensor:
-        """Take a step of SAM, and return the loss before it."""
+    def gradients(
+        self,
+        optimizer: SAM,
+        batches: Sequence[Any],
+        record: StepRecord,
+        sample_weights: Tensor | None = None,
+    ) -> Tensor:
+        """Take both gradients of a step of SAM, and leave the second at the moved weights.
+
+        Args:
+            optimizer: Whose parameters are the model's.
+            batches: Micro-batches.
+            record: Of the step.
+            sample_weights: Of all samples, ``(n,)``; by default 1.
+
+        Returns:
+            The loss at the weights, 0-dimensional.
+        """
         shares, told = self._shares(batches, record), []
         optimizer.zero_grad()
-        for move in (optimizer.first_step, optimizer.second_step):
+        for moved in (False, True):
             total = []
-            for batch, share in zip(batches, shares, strict=True):
-                loss = self.objective.losses(self.model, batch).mean()
-                loss = loss if len(batches) == 1 else loss * share
+            for batch, share, own in zip(batches, shares, record.samples, strict=True):
+                losses = self.objective.losses(self.model, batch)
+                if sample_weights is not None:
+                    losses = losses * sample_weights[list(own)]
+                loss = losses.mean() if len(batches) == 1 else losses.mean() * share
                 loss.backward()
                 total.append(loss.detach())
             told.append(torch.stack(total).sum())
-            if optimizer.perturbed and self.max_grad_norm is not None:
-                nn.utils.clip_grad_norm_(self._parameters(), self.max_grad_norm)
-            move(zero_grad=True)
+            if not moved:
+                optimizer.first_step(zero_grad=True)
         return told[0]
+
+    def _take(
+        self,
+        optimizer: SAM,
+        batches: Sequence[Any],
+        record: StepRecord,
+        sample_weights: Tensor | None = None,
+    ) -> Tensor:
+        """Take a step of SAM, and return the loss before it."""
+        loss = self.gradients(optimizer, batches, record, sample_weights)
+        if self.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self._parameters(), self.max_grad_norm)
+        optimizer.second_step(zero_grad=True)
+        return loss
 
     def _begun(self, found: dict[str, Tensor], record: StepRecord) -> SAM:
         """Put weights into the model, and return the optimizer that steps from there."""
@@ -167,7 +210,7 @@ class RecordedRun:
 
     # --- reading ---------------------------------------------------------------------------------
 
-    def _batches(self, index: int) -> list[Any]:
+    def batches(self, index: int) -> list[Any]:
         """Return the micro-batches of a step.
 
         Raises:
@@ -193,7 +236,7 @@ class RecordedRun:
         for index, record in enumerate(self.records):
             for part, own in enumerate(record.samples):
                 if number in own:
-                    return self._batches(index)[part], own.index(number)
+                    return self.batches(index)[part], own.index(number)
         remedy = "they were never trained on"
         raise ValueError(message("samples", "samples of the recorded batches", number, remedy))
 
@@ -247,21 +290,14 @@ class RecordedRun:
             ended: Have an empty one behind the last, with the weights of the end.
         """
         found = self._snapshot(begin, self.records[begin].weights, self.records[begin].moments)
-        steps = [self._made(begin, found, self._batches(begin))]
+        steps = [self._made(begin, found, self.batches(begin))]
         if end - begin == 1 and not ended:
             return steps
         kept = self.vector.read()
         try:
             optimizer = self._begun(found, self.records[begin])
             for index in range(begin, end if ended else end - 1):
-                record = self.records[index]
-                for group, rate, decay in zip(
-                    optimizer.param_groups, record.lr, record.weight_decay, strict=True
-                ):
-                    group.update(lr=rate, weight_decay=decay, rho=record.rho)
-                batches = [batch for batch, _, _ in steps[-1].batches]
-                with torch.enable_grad():
-                    self._take(optimizer, batches, record)
+                self._again(optimizer, index, [batch for batch, _, _ in steps[-1].batches])
                 after = {WEIGHTS: self.vector.read(), **self._moments(optimizer)}
                 last = index + 1 == len(self)
                 wanted = self._final if last else self.records[index + 1].weights
@@ -274,10 +310,60 @@ class RecordedRun:
                 if last:
                     steps.append(Step(index + 1, after[WEIGHTS], {}, [], (), 0.0, 0.0, 0.0, 0))
                 else:
-                    steps.append(self._made(index + 1, after, self._batches(index + 1)))
+                    steps.append(self._made(index + 1, after, self.batches(index + 1)))
         finally:
             self.vector.write(kept)
         return steps
+
+    def _again(
+        self,
+        optimizer: SAM,
+        index: int,
+        batches: Sequence[Any],
+        sample_weights: Tensor | None = None,
+    ) -> None:
+        """Take a recorded step."""
+        record = self.records[index]
+        rates = zip(optimizer.param_groups, record.lr, record.weight_decay, strict=True)
+        for group, rate, decay in rates:
+            group.update(lr=rate, weight_decay=decay, rho=record.rho)
+        with torch.enable_grad():
+            self._take(optimizer, batches, record, sample_weights)
+
+    def retrain(self, removed: Iterable[int], *, progress: bool = False) -> Tensor:
+        """Make the run again without some samples, whose places in batches stay empty.
+
+        Args:
+            removed: Their numbers; none gives the run's own weights, bit for bit, if it was trained
+                by `Trajectory.step`.
+            progress: Show a bar.
+
+        Returns:
+            Weights at the end, ``(p,)``.
+
+        Raises:
+            TrajectoryError: Weights or batches are not those of the run.
+            ValueError: A number that no recorded batch has.
+        """
+        numbers = sorted(set(removed))
+        known = {n for record in self.records for own in record.samples for n in own}
+        if unknown := [n for n in numbers if n not in known]:
+            remedy = "they were never trained on"
+            expected = "samples of the recorded batches"
+            raise ValueError(message("removed", expected, unknown[:3], remedy))
+        kept = self.vector.read()
+        sample_weights = kept.new_ones(self.count)
+        sample_weights[numbers] = 0
+        begin = self._snapshot(0, self.records[0].weights, self.records[0].moments)
+        try:
+            optimizer = self._begun(begin, self.records[0])
+            steps = range(len(self))
+            for index in tqdm(steps, "retraining", unit="step", disable=not progress):
+                given = sample_weights if numbers else None
+                self._again(optimizer, index, self.batches(index), given)
+            return self.vector.read()
+        finally:
+            self.vector.write(kept)
 
     def _segments(self) -> list[tuple[int, int]]:
         begins = [index for index in self._snapshots.held() if index < len(self)]
@@ -357,18 +443,3 @@ def _apart(step: Step, wanted: Tensor, after: Tensor) -> float:
 def batch_bits(batch: Any) -> int:
     """Return the `fingerprint` of a batch."""
     return fingerprint(*flat_batch(batch).values())
-
-
-def check_model(model: nn.Module) -> None:
-    """Refuse a model whose steps depend on chance, or whose samples depend on each other."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p:
-            remedy = "call eval() on it"
-            raise ValueError(message("model", "no dropout", f"{name}.p = {module.p}", remedy))
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
-            remedy = "call eval() on it: its statistics couple the samples of a batch"
-            raise ValueError(message("model", "no batch norm in training", name, remedy))
-    kinds = {p.dtype for p in model.parameters() if p.requires_grad}
-    if wrong := sorted(str(kind) for kind in kinds - set(_FAR)):
-        remedy = "differences of gradients are noise in 16 bits: model.float()"
-        raise ValueError(message("model", "float32 or float64", wrong, remedy))

@@ -6,18 +6,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from shared_kernels._checks import check_choice, message
+from torch import Tensor
 
 from sam_if.dynamics import dynamics_of
 from sam_if.errors import TrajectoryError, UnsupportedOptimizerError
 from sam_if.objective import objective_of
 from sam_if.records import WEIGHTS, FolderSnapshots, RunFolder, StepRecord, fingerprint, flat_batch
-from sam_if.run import RecordedRun, batch_bits, check_model
+from sam_if.requirements import check_model
+from sam_if.run import RecordedRun, batch_bits
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Sequence
 
-    from torch import Tensor, nn
+    from torch import nn
 
     from sam_if.objective import Objective
     from sam_if.optim import SAM
@@ -245,6 +247,17 @@ class Trajectory(RecordedRun):
         assert self._optimizer is not None
         return self._take(self._optimizer, [batch for batch, _ in parts], self.records[-1])
 
+    def gradient_window(self, parts: Sequence[tuple[Any, Sequence[int] | Tensor]]) -> Tensor:
+        """Record a step and take its gradients, for somebody who clips and steps by the second.
+
+        As `step_window`, but for that: the weights are back where they were.
+        """
+        self.record_window(parts)
+        assert self._optimizer is not None
+        loss = self.gradients(self._optimizer, [batch for batch, _ in parts], self.records[-1])
+        self._optimizer.restore()
+        return loss
+
     def record(self, batch: Any, samples: Sequence[int] | Tensor) -> None:
         """Write down what the next step begins with; as `step`, which somebody else takes."""
         self.record_window([(batch, samples)])
@@ -256,7 +269,10 @@ class Trajectory(RecordedRun):
         if self._optimizer.perturbed:
             raise RuntimeError("record: the weights are moved; call it before first_step")
         check_model(self.model)
-        numbers = tuple(tuple(int(n) for n in samples) for _, samples in parts)
+        numbers = tuple(
+            tuple(samples.tolist() if isinstance(samples, Tensor) else map(int, samples))
+            for _, samples in parts
+        )
         for (batch, _), own in zip(parts, numbers, strict=True):
             rows = _rows(batch)
             if min(own, default=-1) < 0 or rows not in (None, len(own)):
@@ -294,6 +310,11 @@ class Trajectory(RecordedRun):
         for index in self._snapshots.held():
             if index % self._every:
                 self._snapshots.drop(index)
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is recorded any more."""
+        return self._final is not None
 
     def finish(self) -> None:
         """Keep the weights behind the last step; nothing is recorded afterwards.

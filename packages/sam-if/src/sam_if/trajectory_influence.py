@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from sam_if.batches import BatchLoss
     from sam_if.perturbation import Perturbation
     from sam_if.records import Step
-    from sam_if.trajectory import Trajectory
+    from sam_if.run import RecordedRun
 
 HESSIANS = ("full", "frozen", "none")
 
@@ -53,7 +53,7 @@ class TrajectoryInfluence:
     """
 
     def __init__(
-        self, trajectory: Trajectory, hessian: str = "full", *, check: bool = True
+        self, trajectory: RecordedRun, hessian: str = "full", *, check: bool = True
     ) -> None:
         check_choice("hessian", hessian, HESSIANS)
         if not len(trajectory):
@@ -166,6 +166,6 @@ class TrajectoryInfluence:
         return change if weights is None else change + weights, dots + more
 
 
-def _steps(run: Trajectory, queries: int, together: int) -> int:
+def _steps(run: RecordedRun, queries: int, together: int) -> int:
     """Return how many steps backwards some queries take."""
     return len(run) * -(-queries // together)

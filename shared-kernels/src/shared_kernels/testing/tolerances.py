@@ -97,6 +97,38 @@ SUM_TOLERANCES: Final[dict[str, SumTolerance]] = {
     "dp.sums": SumTolerance(
         lambda t: t**0.5 + 2, f"t rows; a product or scale and the output round once each: {_WALK}"
     ),
+    "ghost.dot": SumTolerance(
+        lambda i, o, t: i**0.5 + o**0.5 + t**0.5 + 1,
+        f"products with i terms, times a gradient, over o outputs and t tokens: {_WALK}",
+        truncated=lambda i, o, t: i,
+    ),
+    "ghost.low_rank": SumTolerance(
+        lambda i, o, r, t: i**0.5 + o**0.5 + r**0.5 + t**0.5 + 1,
+        f"two sides of i and of o terms, their product over r columns and t tokens: {_WALK}",
+        truncated=lambda i, o, r, t: i + o,
+    ),
+    "ghost.gram": SumTolerance(
+        lambda i, o, t1, t2: i**0.5 + o**0.5 + t1**0.5 + t2**0.5 + 1,
+        f"inner products of i and of o terms, then t1 x t2 tokens by tiles: {_WALK}",
+        truncated=lambda i, o, t1, t2: i + o,
+    ),
+    "ghost.product": SumTolerance(
+        lambda i, o, t1, t2: t1**0.5 + t2**0.5 + (i * o) ** 0.5 + 1,
+        f"entries of t1 and of t2 terms, then o x i of their products: {_WALK}",
+        truncated=lambda i, o, t1, t2: t1 + t2,
+    ),
+    "ghost.cov": SumTolerance(
+        lambda n: n**0.5 + 4,
+        "n tokens; adding to the output and a weight round once each, and three TF32 products"
+        f" drop 2 epsilons of a weighted term: {_WALK}",
+        truncated=lambda n: n,
+    ),
+    "ghost.sketch": SumTolerance(
+        lambda i, o, t: i**0.5 + o**0.5 + t**0.5 + 2,
+        "sides of i and of o terms, whose signs are exact; t products; the scale is rounded and"
+        f" rounds: {_WALK}",
+        truncated=lambda i, o, t: i + o,
+    ),
 }
 
 
