@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from sam_if import ConvergenceError, HessianInfluence, SAMField, classification, regression
+from sam_if import (
+    SAM,
+    ConvergenceError,
+    HessianInfluence,
+    SAMField,
+    Trajectory,
+    classification,
+    regression,
+)
 from sam_if.removal import Certificate, Edited, remove
 from scipy.optimize import root
 from sklearn.datasets import load_digits, load_wine
@@ -379,3 +387,60 @@ def test_what_is_refused(fitted, samples, options, match):
     data, points = fitted
     with pytest.raises(ValueError, match=match):
         remove(field_of(data, points[0.5], 0.5), samples, **options)
+
+
+# --- of recorded runs ----------------------------------------------------------------------------
+
+
+def recorded(steps=60):
+    x, y = (part[:60] for part in wine())
+    torch.manual_seed(0)
+    model = torch.nn.Linear(x.shape[1], 3).to(torch.float64)
+    optimizer = SAM(model.parameters(), torch.optim.SGD, 0.2, lr=0.5, weight_decay=0.05)
+    run = Trajectory(model, classification(), optimizer)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(1))
+    for _ in range(steps):
+        run.step((x[order], y[order]), order)
+    run.finish()
+    return run, (x, y)
+
+
+def test_replay_is_training_again():
+    run, (x, y) = recorded()
+    edited = remove(run, [4, 7], "replay")
+    torch.manual_seed(0)
+    model = torch.nn.Linear(x.shape[1], 3).to(torch.float64)
+    optimizer = SAM(model.parameters(), torch.optim.SGD, 0.2, lr=0.5, weight_decay=0.05)
+    weights = torch.ones(len(x), dtype=torch.float64)
+    weights[[4, 7]] = 0
+    for _ in range(60):
+        for step in (optimizer.first_step, optimizer.second_step):
+            losses = cross_entropy(model(x), y, reduction="none")
+            (losses * weights).mean().backward()
+            step(zero_grad=True)
+    wanted = torch.cat([p.detach().flatten() for p in model.parameters()])
+    torch.testing.assert_close(edited.weights, wanted, rtol=1e-10, atol=1e-12)
+    assert str(edited.certificate) == "training again without 2 samples (replay)"
+    assert edited.certificate.reliable
+
+
+def test_a_run_has_a_field(tmp_path):
+    """Numbers are those of the data, not of the order that they were trained on in."""
+    run, (x, y) = recorded(300)
+    field = SAMField(run.model, classification(), [(x, y)], 0.2, 0.05, perturbation="full")
+    wanted = remove(field, [4, 7])
+    found = remove(run, [4, 7])
+    torch.testing.assert_close(found.weights, wanted.weights, rtol=1e-8, atol=1e-10)
+    assert found.certificate.samples == (4, 7)
+    exact = remove(run, [4, 7], "replay")
+    moved = exact.weights - run.weights
+    assert (found.weights - exact.weights).norm() < 0.05 * moved.norm()
+    exact.save(tmp_path / "edit")
+    assert Edited.load(tmp_path / "edit").certificate == exact.certificate
+    with pytest.raises(ValueError, match="source: expected a recorded run, got str 'SAMField'"):
+        remove(field, [1], "replay")
+    for method in ("replay", "newton"):
+        with pytest.raises(ValueError, match="samples: expected"):
+            remove(run, [10_000], method)
+        with pytest.raises(ValueError, match="samples: expected"):
+            remove(run, [], method)

@@ -5,8 +5,11 @@ from .config import SAMConfig as SAMConfig
 from .detect import Suspect as Suspect
 from .detect import Suspects as Suspects
 from .detect import detect_mislabels as detect_mislabels
+from .diagnostics import RunReport as RunReport
+from .diagnostics import check_run as check_run
 from .ekfac import EKFAC as EKFAC
 from .errors import ConvergenceError as ConvergenceError
+from .errors import DerivativeError as DerivativeError
 from .errors import TrajectoryError as TrajectoryError
 from .errors import UnsupportedOptimizerError as UnsupportedOptimizerError
 from .field import SAMField as SAMField

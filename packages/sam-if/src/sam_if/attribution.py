@@ -135,29 +135,29 @@ def field_of(run: RecordedRun) -> tuple[SAMField, torch.Tensor]:
             "the last steps do not have every sample once, so that they are no epoch; make a "
             "SAMField of the data, or take method='trajectory'"
         )
-    step = next(iter(run.backwards()))
-    run.vector.write(run.weights)
+    decay = next(iter(run.backwards())).weight_decay
+    kept = run.vector.read()
     kind = "full" if len(batches) == 1 else "minibatch"
-    field = SAMField(
-        run.model, run.objective, batches, last.rho, step.weight_decay, adaptive=run.adaptive,
-        perturbation=kind, norm_eps=run.norm_eps,
-    )  # fmt: skip
+    try:
+        run.vector.write(run.weights)
+        field = SAMField(
+            run.model, run.objective, batches, last.rho, decay, adaptive=run.adaptive,
+            perturbation=kind, norm_eps=run.norm_eps,
+        )  # fmt: skip
+    finally:
+        run.vector.write(kept)
     return field, torch.tensor(numbers)
 
 
 def _closed_form(
     run: RecordedRun, queries: Iterable[Any], mean: bool, solver: str, damping: float
 ) -> Scores:
-    kept = run.vector.read()
-    try:
-        field, numbers = field_of(run)
-        with warnings.catch_warnings():
-            # they are in the scores
-            warnings.simplefilter("ignore", UserWarning)
-            influence = HessianInfluence(field, solver, damping=damping)
-            found = influence.scores(queries, mean=mean)
-    finally:
-        run.vector.write(kept)
+    field, numbers = field_of(run)
+    with warnings.catch_warnings():
+        # they are in the scores
+        warnings.simplefilter("ignore", UserWarning)
+        influence = HessianInfluence(field, solver, damping=damping)
+        found = influence.scores(queries, mean=mean)
     values = found.values.new_zeros(len(found.values), run.count)
     values[:, numbers] = found.values
     return Scores(values, found.method, found.residuals, found.warnings)

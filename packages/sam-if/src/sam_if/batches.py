@@ -8,10 +8,16 @@ import torch
 from torch import Tensor
 from torch.func import grad, jvp
 
+from sam_if.errors import DerivativeError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from sam_if.objective import ParameterVector
+
+
+#: How far a product with a Hessian may be from differences of gradients, by dtype.
+_FAR = {torch.float64: 1e-4, torch.float32: 0.05}
 
 
 class BatchLoss:
@@ -96,3 +102,28 @@ class BatchLoss:
             total = total + product
             dots.append(along)
         return total, torch.cat(dots)
+
+    def derivative_error(self, at: Tensor, seed: int = 0) -> float:
+        """Return how far ``H x`` is from a difference of gradients, for a random x.
+
+        Not every rule that torch has for a derivative is right in every order, and a kernel may
+        have none: what is wrong is so by much, where rounding is by little.
+
+        Raises:
+            DerivativeError: It is far.
+        """
+        draws = torch.Generator(at.device).manual_seed(seed)
+        x = torch.randn(at.shape, generator=draws, dtype=at.dtype, device=at.device)
+        size = torch.linalg.vector_norm(at).clamp(min=1) / torch.linalg.vector_norm(x)
+        x = x * size * torch.finfo(at.dtype).eps ** (1 / 3)
+        product, _ = self.both(at, x)
+        wanted = (self.gradient(at + x) - self.gradient(at - x)) / 2
+        norm = torch.linalg.vector_norm
+        far = float(norm(product - wanted) / norm(wanted).clamp(min=torch.finfo(at.dtype).tiny))
+        if not far <= _FAR[at.dtype]:
+            raise DerivativeError(
+                f"second derivatives are {far:.2g} from differences of gradients, as a part of "
+                "them; an operation of the model has no right rule for them: take a plain "
+                "implementation (attn_implementation='eager', modules of torch without kernels)"
+            )
+        return far

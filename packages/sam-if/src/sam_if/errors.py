@@ -11,3 +11,7 @@ class TrajectoryError(RuntimeError):
 
 class UnsupportedOptimizerError(ValueError):
     """An optimizer whose steps have no adjoint here; the message says which have."""
+
+
+class DerivativeError(RuntimeError):
+    """Second derivatives that are not those of the losses; the message says by how much."""

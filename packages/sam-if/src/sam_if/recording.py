@@ -207,7 +207,14 @@ def keep_model(folder: Path, model: nn.Module, processor: Any) -> None:
     inner.save_pretrained(folder / _MODEL)
     if hasattr(processor, "save_pretrained"):
         processor.save_pretrained(folder / _MODEL)
-    write_text(folder / _MODEL / _CLASS, json.dumps({"name": type(inner).__name__}) + "\n")
+    # a trainer may name a padding token after the model was made, whose row is trained all the same
+    padding = {
+        name: module.padding_idx
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding)
+    }
+    told = {"name": type(inner).__name__, "padding_idx": padding}
+    write_text(folder / _MODEL / _CLASS, json.dumps(told) + "\n")
 
 
 def kept_model(folder: str | os.PathLike[str]) -> nn.Module:
@@ -224,14 +231,20 @@ def kept_model(folder: str | os.PathLike[str]) -> nn.Module:
     place = Path(folder) / _MODEL
     if not (place / _CLASS).is_file():
         raise FileNotFoundError(f"{place}: no model was kept beside the run; give model=")
-    name = json.loads((place / _CLASS).read_text(encoding="utf-8"))["name"]
+    told = json.loads((place / _CLASS).read_text(encoding="utf-8"))
+    name = told["name"]
     if (place / "adapter_config.json").is_file():
         import peft
 
         kind: Any = getattr(peft, f"Auto{name}", peft.AutoPeftModel)
-        return kind.from_pretrained(place, is_trainable=True, attn_implementation="eager")
-    kind = getattr(transformers, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-        remedy = "give model="
-        raise ValueError(message("folder", "a model of transformers", name, remedy))
-    return kind.from_pretrained(place, attn_implementation="eager")
+        model = kind.from_pretrained(place, is_trainable=True, attn_implementation="eager")
+    else:
+        kind = getattr(transformers, name, None)
+        if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+            remedy = "give model="
+            raise ValueError(message("folder", "a model of transformers", name, remedy))
+        model = kind.from_pretrained(place, attn_implementation="eager")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            module.padding_idx = told["padding_idx"].get(name)
+    return model

@@ -6,6 +6,7 @@ weights are from it. ``first_order`` moves them by ``C^-1 sum_S a_i dG / da_i`` 
 of all data. ``newton`` takes steps ``-C_-S^-1 G_-S``, whose perturbations, Hessians and Jacobian
 are of the data that are left and of the weights where each step begins; a step is halved until the
 residual falls, as a whole one may go too far where the perturbation moves much with the weights.
+``replay`` makes a recorded run again without the samples, which is exact, and takes as long.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from shared_kernels.checkpoint import TensorInfo, replacing_folder, write_safete
 from shared_kernels.files import write_text
 from torch import Tensor
 
+from sam_if.attribution import field_of
 from sam_if.errors import ConvergenceError
 from sam_if.hessian_influence import RESTLESS, checked_samples, warnings_of_rest
+from sam_if.run import RecordedRun
 from sam_if.solvers import LinearSystem, warnings_of_systems
 
 if TYPE_CHECKING:
@@ -34,11 +37,12 @@ if TYPE_CHECKING:
     from torch import nn
 
     from sam_if.field import SAMField
+    from sam_if.objective import ParameterVector
 
-METHODS = ("first_order", "newton")
+METHODS = ("first_order", "newton", "replay")
 _FORMAT, _VERSION = "sam-if-edit", 1
 _TENSORS, _RECORD = "weights.safetensors", "certificate.json"
-_KIND = "approximate unlearning"
+_KIND, _EXACT = "approximate unlearning", "training again"
 #: Of a step, at most; and the part of what a linear field would fall that is enough.
 _HALVINGS, _ENOUGH = 30, 1e-4
 
@@ -51,7 +55,7 @@ class Certificate:
     another thing, which it does not say.
 
     Attributes:
-        method: ``first_order`` or ``newton``.
+        method: ``first_order``, ``newton`` or ``replay``, which has nothing of what follows.
         samples: That were removed.
         residuals: ``|G_-S|`` of the weights as they were, and behind each step.
         lengths: Of Newton's steps, as a part of whole ones.
@@ -68,8 +72,8 @@ class Certificate:
     samples: tuple[int, ...]
     residuals: list[float]
     lengths: list[float]
-    stationarity_before: float
-    stationarity_after: float
+    stationarity_before: float | None
+    stationarity_after: float | None
     solver_residuals: list[float]
     distance_estimate: float | None
     warnings: list[str] = field(default_factory=list)
@@ -90,6 +94,8 @@ class Certificate:
         return not self.warnings
 
     def __str__(self) -> str:
+        if self.method == "replay":
+            return f"{_EXACT} without {len(self.samples)} samples ({self.method})"
         left = "" if self.distance_estimate is None else (
             f", about {self.distance_estimate:.2g} from the fixed point (an estimate)"
         )  # fmt: skip
@@ -145,8 +151,9 @@ class Edited:
         """
         values = {n: p.detach().cpu().contiguous() for n, p in self.parameters.items()}
         record: dict[str, Any] = {
-            "format": _FORMAT, "version": _VERSION, "kind": _KIND, "parameters": list(values),
-            "certificate": asdict(self.certificate),
+            "format": _FORMAT, "version": _VERSION,
+            "kind": _EXACT if self.certificate.method == "replay" else _KIND,
+            "parameters": list(values), "certificate": asdict(self.certificate),
         }  # fmt: skip
         with replacing_folder(folder) as new:
             infos = [TensorInfo(n, p.dtype, tuple(p.shape)) for n, p in values.items()]
@@ -174,7 +181,7 @@ class Edited:
 
 
 def remove(
-    field: SAMField,
+    source: SAMField | RecordedRun,
     samples: Iterable[int],
     method: str = "newton",
     solver: str = "auto",
@@ -184,15 +191,18 @@ def remove(
     tolerance: float = 1e-6,
     max_iterations: int = 1000,
     estimate: bool = True,
+    progress: bool = False,
 ) -> Edited:
     """Return the weights as if samples had not been there, approximately.
 
     The model stays as it is: `Edited.apply` changes it.
 
     Args:
-        field: At the trained weights, of the training data.
+        source: The field at the trained weights, of the training data; or a recorded run, whose
+            field at its end is taken if it has one.
         samples: Their numbers, in the order of the training data.
-        method: ``newton``, which is nearer, or ``first_order``, whose linear system is of all data.
+        method: ``newton``, which is nearer, or ``first_order``, whose linear system is of all data;
+            or ``replay``, of a run.
         solver: As in `HessianInfluence`; a dense one makes a matrix for each step, and ``ekfac``
             leads down, too, but in more steps.
         steps: Of Newton's, at most. They end where none lowers the residual any more.
@@ -200,15 +210,21 @@ def remove(
         tolerance: Of iterative solvers, relative to the right-hand side.
         max_iterations: Of theirs.
         estimate: Solve one more system, for the certificate's distance.
+        progress: Show a bar while a run is made again.
 
     Raises:
+        TrajectoryError: The run cannot be made again, or has no closed form.
         ConvergenceError: A linear system is singular, or was not solved.
         ValueError: Samples that are not there, are there twice or are all there are, or an option
             out of range.
     """
     check_choice("method", method, METHODS)
     check_range("steps", steps, 1, 1 << 31, "three are enough where the field is near linear")
-    numbers = _present(field, samples)
+    given = list(samples)
+    if method == "replay":
+        return _replayed(source, given, progress)
+    field, numbers = _field_and_places(source, given)
+    numbers = _present(field, numbers)
     kept = field.sample_weights.clone()
     kept[numbers] = 0
     if not kept.any():
@@ -240,10 +256,37 @@ def remove(
     for text in told:
         warnings.warn(text, stacklevel=2)
     certificate = Certificate(
-        method, tuple(numbers), residuals, lengths, begin.stationarity(),
+        method, tuple(given), residuals, lengths, begin.stationarity(),
         after.stationarity(), solved, distance, told,
     )  # fmt: skip
-    return Edited(_named(field, after.weights), certificate)
+    return Edited(_named(field.vector, after.weights), certificate)
+
+
+def _replayed(source: SAMField | RecordedRun, samples: list[int], progress: bool) -> Edited:
+    """Return the weights of a run that is made again."""
+    if not isinstance(source, RecordedRun):
+        remedy = "a field knows no steps: give the run, or take method='newton'"
+        raise ValueError(message("source", "a recorded run", type(source).__name__, remedy))
+    if not samples:
+        raise ValueError(message("samples", "at least one", samples, "say which to remove"))
+    weights = source.retrain(checked_samples(samples, source.count), progress=progress)
+    certificate = Certificate("replay", tuple(samples), [], [], None, None, [], None)
+    return Edited(_named(source.vector, weights), certificate)
+
+
+def _field_and_places(
+    source: SAMField | RecordedRun, samples: list[int]
+) -> tuple[SAMField, list[int]]:
+    """Return a field, and where samples are in its order."""
+    if not isinstance(source, RecordedRun):
+        return source, samples
+    field, numbers = field_of(source)
+    places = {number: place for place, number in enumerate(numbers.tolist())}
+    if unknown := [n for n in samples if n not in places]:
+        remedy = "they were never trained on"
+        expected = "samples of the recorded batches"
+        raise ValueError(message("samples", expected, unknown[:3], remedy))
+    return field, [places[n] for n in samples]
 
 
 def _complaints(edited: SAMField, residuals: list[float], stopped: bool) -> list[str]:
@@ -320,9 +363,8 @@ def _size(field: SAMField) -> float:
     return float(torch.linalg.vector_norm(field.residual()))
 
 
-def _named(field: SAMField, weights: Tensor) -> dict[str, Tensor]:
+def _named(vector: ParameterVector, weights: Tensor) -> dict[str, Tensor]:
     """Return weights by parameter."""
-    vector = field.vector
     parts = weights.split(vector.sizes)
     return {
         name: part.view(shape)

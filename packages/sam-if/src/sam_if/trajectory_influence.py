@@ -45,9 +45,11 @@ class TrajectoryInfluence:
         hessian: ``full`` is exact; ``frozen`` takes perturbations for constants; ``none`` leaves
             Hessians out, so that a sample's gradients count by rates of learning and momentum
             alone, as in gradient tracing.
-        check: Whether to make the steps anew first, and refuse a run that is not as recorded.
+        check: Whether to make the steps anew first, and refuse a run that is not as recorded, or a
+            model whose second derivatives are not right.
 
     Raises:
+        DerivativeError: Some operation has wrong derivatives.
         TrajectoryError: It is not.
         ValueError: No steps, or an unknown option.
     """
@@ -61,6 +63,8 @@ class TrajectoryInfluence:
         self.trajectory, self.hessian = trajectory, hessian
         if check:
             trajectory.check()
+            first = next(iter(trajectory.forwards()))
+            trajectory.loss(first).derivative_error(first.weights)
 
     def scores(
         self,
