@@ -21,7 +21,7 @@ from transformers import (
     TrainingArguments,
 )
 
-COMMANDS = ("plan", "attribute", "detect", "remove", "lds", "check")
+COMMANDS = ("plan", "attribute", "show", "detect", "remove", "lds", "check")
 TEXTS = [f"The {animal} sleeps." for animal in ("cat", "dog", "crow", "toad", "mouse", "wolf")]
 
 
@@ -48,7 +48,9 @@ def language(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("language")
     tokenizer = AutoTokenizer.from_pretrained(smollm2())
-    model = tiny_model("mistral", vocab_size=len(tokenizer), max_position_embeddings=64)
+    model = tiny_model(
+        "mistral", vocab_size=len(tokenizer), max_position_embeddings=64, num_hidden_layers=1
+    )
     model.config._attn_implementation = "eager"
     rows = []
     for text in TEXTS:
@@ -124,6 +126,50 @@ def test_attribute_texts(capsys, language, tmp_path):
                         "--method", "gif", "--device", "cpu")  # fmt: skip
     assert code == 2
     assert "exists and is not empty" in printed.err
+
+
+def test_show(capsys, language, classifier, tmp_path):
+    pytest.importorskip("matplotlib")
+    for made, query in (language, classifier):
+        scores = tmp_path / f"{query.stem}{query.suffix}"
+        run(capsys, "attribute", made, "--query", query, "--out", scores, "--method", "gif",
+            "--device", "cpu")  # fmt: skip
+        for name in ("page.html", "page.png"):
+            code, printed = run(capsys, "show", made, scores, "--query", query, "--device", "cpu",
+                                "--out", tmp_path / query.suffix / name, "--k", 2)  # fmt: skip
+            assert code == 0, printed.err
+            assert (tmp_path / query.suffix / name).stat().st_size > 1000
+        page = (tmp_path / query.suffix / "page.html").read_text()
+        best = Scores.load(scores).top(1)[0][0]
+        assert f"sample {best}" in page
+        # texts are read, numbers are numbers
+        assert (TEXTS[0] in page) == (query.suffix == ".jsonl")
+    code, printed = run(capsys, "show", made, scores, "--out", tmp_path / "all.html", "--device",
+                        "cpu", "--json")  # fmt: skip
+    assert json.loads(printed.out)["page"].endswith("all.html")
+    code, printed = run(capsys, "show", made, scores, "--out", tmp_path / "page.pdf")
+    assert code == 2
+    assert "expected a .html or .png file" in printed.err
+    code, printed = run(capsys, "detect", classifier[0], "--html", tmp_path / "labels.html",
+                        "--device", "cpu")  # fmt: skip
+    assert code == 0
+    assert "<html" in (tmp_path / "labels.html").read_text()
+
+
+def test_pictures_and_numbers_are_cards():
+    from sam_if.cards import card_of
+
+    batch = {"pixel_values": torch.randn(2, 3, 4, 4), "labels": torch.tensor([1, 2])}
+    found = card_of(batch, 1)
+    assert found.label == "2"
+    assert found.content.shape == (3, 4, 4)
+    assert 0 <= found.content.min() < found.content.max() <= 1
+    found = card_of((torch.randn(2, 4, 4), torch.tensor([0.5, 1.5])), 0)
+    assert found.label == "0.5"
+    assert found.content["x"].shape == (16,)
+    ids = torch.tensor([[1, 2, 3]])
+    found = card_of({"input_ids": ids, "labels": torch.tensor([[-100, 2, 3]])}, 0)
+    assert found.content["labels"].tolist() == [2, 3]
 
 
 def test_check(capsys, language, classifier):

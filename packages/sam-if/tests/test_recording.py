@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from sam_if import SAMConfig, SAMTrainer, Trajectory, TrajectoryError, attribute, causal_lm
+from sam_if import (
+    SAMConfig,
+    SAMTrainer,
+    Trajectory,
+    TrajectoryError,
+    attribute,
+    causal_lm,
+    classification,
+)
 from sam_if.attribution import field_of, opened
 from sam_if.recording import SAMPLE, Numbered, NumberedCollator, objective_for
 from shared_kernels.testing.models import tiny_model
@@ -242,11 +250,36 @@ def test_the_end_is_that_of_training_not_the_best_model(tmp_path):
     assert not torch.equal(run.weights, weights(made.model))
 
 
+class Net(torch.nn.Module):
+    """A model that is none of transformers."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = torch.nn.Linear(6, 4), torch.nn.Linear(4, 3)
+        self.double()
+
+    def forward(self, x, labels=None):
+        return self.last(torch.tanh(self.first(x)))
+
+
+def vectors(count=SAMPLES, seed=0):
+    return [{"x": row["input_ids"] / 30 - 1.0, "labels": n % 3}
+            for n, row in enumerate(texts(count, seed))]  # fmt: skip
+
+
 def test_the_closed_form_of_a_run(tmp_path):
     """Its field is that of the last epoch, with a decay for each parameter."""
-    made = trainer(tmp_path, max_steps=4, per_device_train_batch_size=5, weight_decay=0.1,
-                   model=classifier(torch.float64), data=labelled())  # fmt: skip
-    made.train()
+
+    def trained(folder, **options):
+        data = [{**row, "x": row["x"].double()} for row in vectors()]
+        made = trainer(folder, model=Net(), data=data, objective=classification(),
+                       **{"max_steps": 4, "per_device_train_batch_size": 5, "weight_decay": 0.1,
+                          **options})  # fmt: skip
+        made.train()
+        return made
+
+    made = trained(tmp_path)
     run = opened(tmp_path / "run", made.model)
     before = run.vector.read()
     field, numbers = field_of(run)
@@ -254,11 +287,12 @@ def test_the_closed_form_of_a_run(tmp_path):
     assert len(field.groups) == 2
     decay = field.weight_decay
     assert {round(float(d), 6) for d in decay.unique()} == {0.0, 0.1}
-    place = run.vector.names.index("classifier.bias")
-    begin = sum(run.vector.sizes[:place])
+    begin = sum(run.vector.sizes[: run.vector.names.index("last.bias")])
     assert (decay[begin : begin + 3] == 0).all()
     assert field.rho == 0.1
-    query = [batch_of(labelled(2, seed=9))]
+    rows = vectors(2, seed=9)
+    query = [{"x": torch.stack([row["x"] for row in rows]).double(),
+              "labels": torch.tensor([row["labels"] for row in rows])}]  # fmt: skip
     found = attribute(run, query, method="hessian", damping=0.2)
     y = torch.linalg.solve(
         field.dense().T + 0.2 * torch.eye(len(field), dtype=torch.float64),
@@ -270,16 +304,16 @@ def test_the_closed_form_of_a_run(tmp_path):
     assert not found.reliable
     assert any("no fixed point" in text for text in found.warnings)
     assert torch.equal(run.vector.read(), before)
+    # factors know one decay
+    with pytest.raises(ValueError, match="field: expected one weight decay"):
+        attribute(run, query, method="hessian", solver="ekfac")
     # steps that are no epoch have none
-    short = trainer(tmp_path / "short", model=classifier(), data=labelled())
-    short.train()
     with pytest.raises(TrajectoryError, match="the last steps do not have every sample once"):
-        short.attribute(labelled(2), method="hessian")
-    other = trainer(tmp_path / "adam", model=classifier(), data=labelled(), optim="adamw_torch",
-                    per_device_train_batch_size=5)  # fmt: skip
-    other.train()
+        trained(tmp_path / "short", per_device_train_batch_size=3, max_steps=5).attribute(
+            vectors(2), method="hessian"
+        )
     with pytest.raises(ValueError, match="AdamW with weight decay comes to rest"):
-        other.attribute(labelled(2), method="hessian")
+        trained(tmp_path / "adam", optim="adamw_torch").attribute(vectors(2), method="hessian")
 
 
 def test_objectives():

@@ -128,6 +128,8 @@ def test_mean_and_titles():
     assert rows(section, "helped") == [(3, "▲ +1", 47.1)]
     assert rows(section, "harmed") == [(4, "▼ -2.12", 100.0)]
     assert "4 of 6 samples are above 0, 2 below" in section.text
+    page = parsed(render_html(Scores(VALUES[:1], "m"), None, TEXTS))
+    assert page.all("h2")[0].text == "What was asked"
     page = parsed(render_html(Scores(VALUES, "m"), TEXTS[:2], TEXTS, titles=["a & b", "<c>"]))
     assert [found.text for found in page.all("h2")] == ["a & b", "<c>"]
 
@@ -141,6 +143,7 @@ def test_method_convention_and_warnings():
     head = page.all("header")[0].text
     assert "Method: hessian/<full>. Queries: 2. Training samples: 6. Reliable: no." in head
     assert "by how much the query would rise if the sample had not been trained on" in head
+    assert "is a loss, samples above 0 (▲) helped and those below (▼) harmed" in head
     assert head.index("Warning") < head.index("Method")
     page = parsed(render_html(Scores(VALUES, "m"), TEXTS[:2], TEXTS))
     assert not page.all(kind="warning")
@@ -262,6 +265,10 @@ def test_pictures_of_pillow():
     assert np.array_equal(only_picture(image.fromarray(clear)), clear)
     one_bit = image.fromarray(GREY > 100)
     assert np.array_equal(only_picture(one_bit)[..., 0], (GREY > 100) * 255)
+    palette = image.fromarray(GREY).convert("P")
+    assert only_picture(palette).shape == (6, 5, 3)
+    palette.info["transparency"] = 0
+    assert only_picture(palette).shape == (6, 5, 4)
     turned = image.fromarray(GREY)
     turned.getexif()[0x0112] = 6
     assert np.array_equal(only_picture(turned), np.rot90(GREY, -1))
@@ -425,11 +432,14 @@ def test_png(monkeypatch, tmp_path):
         save(self, *arguments, **options)
 
     monkeypatch.setattr(Figure, "savefig", savefig)
-    samples = [Card(GREY, "seven"), "$\\frac{ & a text of many words that is broken", *[GREY.T] * 4]
+    samples = [Card(GREY, "seven"), "$\\frac{$ a text of many words that is broken", *[GREY.T] * 4]
     scores = Scores(VALUES, "hessian", warnings=["not at rest"])
     render_png(scores, [COLOUR, {"a": 1}], samples, tmp_path / "new" / "a.png", k=2)
     data = (tmp_path / "new" / "a.png").read_bytes()
-    assert data.startswith(b"\x89PNG")
+    image = pytest.importorskip("PIL.Image").open(io.BytesIO(data))
+    assert image.size == (3 * 1.5 * 160, 8 * 160)
+    assert np.asarray(image).std() > 20
+    assert "Software" not in image.info
     (kept,) = drawn
     titles = [axes.get_title().split("\n") for axes in kept.axes]
     assert titles == [
@@ -443,9 +453,11 @@ def test_png(monkeypatch, tmp_path):
     assert np.array_equal(kept.axes[0].images[0].get_array(), COLOUR)
     assert np.array_equal(kept.axes[1].images[0].get_array(), GREY.T)
     assert np.array_equal(kept.axes[2].images[0].get_array(), GREY)
-    assert kept.axes[3].texts[0].get_text().split("\n")[0] == "$\\frac{ & a text of"
+    assert kept.axes[3].texts[0].get_text().split("\n")[0] == "$\\frac{$ a text of"
     assert kept.axes[5].texts[0].get_text() == "a: 1"
     assert kept.axes[2].images[0].get_interpolation() == "nearest"
+    assert kept.axes[2].images[0].get_clim() == (0, 255)
+    assert kept.axes[2].images[0].get_cmap().name == "gray"
     places = [axes.get_position() for axes in kept.axes[:5]]
     assert all(place.x0 > places[0].x1 for place in places[1:])
     assert min(places[1].y0, places[2].y0) > max(places[3].y1, places[4].y1)

@@ -30,3 +30,7 @@ from .trainer import SAMMixin as SAMMixin
 from .trainer import SAMTrainer as SAMTrainer
 from .trajectory import Trajectory as Trajectory
 from .trajectory_influence import TrajectoryInfluence as TrajectoryInfluence
+from .views import Card as Card
+from .views import render_html as render_html
+from .views import render_png as render_png
+from .views import render_suspects as render_suspects

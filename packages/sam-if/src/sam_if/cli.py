@@ -179,12 +179,56 @@ def attribute(
 
 
 @app.command
+def show(
+    run: Path,
+    scores: Path,
+    *,
+    out: Path,
+    query: Path | None = None,
+    k: int = 8,
+    device: str | None = None,
+    json_output: JsonFlag = False,
+) -> int:
+    """Make a page, or a picture, of the samples that helped and harmed most.
+
+    Args:
+        run: Folder of the record.
+        scores: Folder that `attribute` wrote.
+        out: The file: .html, or .png.
+        query: The queries that were asked, to show them, too; without them all are shown as one.
+        k: Samples of each kind.
+        device: Where to load the model; by default a GPU if there is one.
+        json_output: Print JSON.
+    """
+    from sam_if.cards import RunCards, card_of
+    from sam_if.scores import Scores
+    from sam_if.views import render_html, render_png
+
+    if out.suffix not in (".html", ".png"):
+        raise ValueError(f"out: expected a .html or .png file, got {out.name!r}")
+    given, opened = Scores.load(scores), _opened(run, device)
+    tokenizer = _tokenizer(run / "model")
+    queries = None
+    if query is not None:
+        batches = _queries(query, run, opened)
+        queries = [card_of(batch, place, tokenizer)
+                   for batch in batches for place in range(_count(batch))]  # fmt: skip
+    render = render_html if out.suffix == ".html" else render_png
+    render(given, queries, RunCards(opened, tokenizer), out, k=k)
+    if json_output:
+        return print_json({"page": str(out)})
+    print(f"page: {out}")
+    return 0
+
+
+@app.command
 def detect(
     run: Path,
     *,
     score: Suspicion = "margin",
     k: int = 20,
     together: int = 8,
+    html: Path | None = None,
     device: str | None = None,
     json_output: JsonFlag = False,
 ) -> int:
@@ -196,12 +240,19 @@ def detect(
             self_influence and left_out_loss take an adjoint pass for each sample of a shortlist.
         k: How many.
         together: Samples that go through the run at a time.
+        html: A page to write, where they can be looked at.
         device: Where to load the model; by default a GPU if there is one.
         json_output: Print JSON.
     """
     from sam_if.detect import detect_mislabels
 
-    found = detect_mislabels(_opened(run, device), score, k=k, together=together, progress=True)
+    opened = _opened(run, device)
+    found = detect_mislabels(opened, score, k=k, together=together, progress=True)
+    if html is not None:
+        from sam_if.cards import RunCards
+        from sam_if.views import render_suspects
+
+        render_suspects(found, RunCards(opened, _tokenizer(run / "model")), html, k=k)
     if json_output:
         return print_json({"score": found.score, "rows": [asdict(row) for row in found]})
     rows = [
@@ -409,6 +460,10 @@ def _queries(path: Path, run: Path, opened: RecordedRun) -> list[Any]:
         return {name: part.to(place) for name, part in batch.items()}
 
     return [moved(batch) for batch in read_batches(path, tokenizer)]
+
+
+def _count(batch: Any) -> int:
+    return len(batch[0] if isinstance(batch, tuple) else next(iter(batch.values())))
 
 
 def _version() -> str:

@@ -76,7 +76,7 @@ class EKFAC:
         self.basis = self._basis()
         self.moved = self._values(moved=True)
         self.still = self._values(moved=False) if field.mode == "field" else []
-        decay = torch.as_tensor(field.weight_decay)
+        decay = torch.as_tensor(field.weight_decay, dtype=torch.float64)
         if decay.min() != decay.max():
             remedy = "take another solver, which knows each parameter's"
             raise ValueError(message("field", "one weight decay", "several", remedy))

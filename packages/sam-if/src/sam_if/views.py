@@ -314,7 +314,7 @@ def _words(value: Any, name: str) -> tuple[str, str | None]:
     if isinstance(value, str):
         short = "\n".join(value.splitlines()[:_LINES])[:_CHARACTERS]
         return (value, None) if len(short) >= len(value.rstrip()) else (f"{short} \u2026", value)
-    if value is None or isinstance(value, bool | int):
+    if value is None or isinstance(value, int):
         return str(value), None
     if isinstance(value, float | np.generic):
         return f"{value:.4g}", None
@@ -388,7 +388,7 @@ def _pixels(content: Any, name: str) -> np.ndarray | None:
         remedy = "undo its normalisation, or flatten what is no picture"
         got = f"{low:.3g} to {high:.3g}"
         raise ValueError(message(name, "a picture with floats from 0 to 1", got, remedy))
-    return np.ascontiguousarray((values.clip(0, 1) * 255).round().astype(np.uint8))
+    return np.ascontiguousarray((values * 255).round().astype(np.uint8))
 
 
 def _small(picture: Image) -> Image:
@@ -432,116 +432,14 @@ def _page(
     path: str | os.PathLike[str] | None,
 ) -> str:
     """Return a page, and write it if there is a path."""
-    from jinja2 import Environment, StrictUndefined
+    from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+        loader=PackageLoader("sam_if"), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
     shown = {"title": title, "facts": facts, "warnings": warnings, "sections": sections}
-    page = _clean(environment.from_string(_PAGE).render(shown, colours=_COLOURS))
+    page = _clean(environment.get_template("views.html.j2").render(shown, colours=_COLOURS))
     if path is not None:
         write_text(path, page)
     return page
-
-
-_PAGE = """\
-<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{{ title }}</title>
-<style>
-:root { --ink: #1c2126; --soft: #5b6670; --paper: #fbfbf9; --card: #fff; --line: #e2e4e1;
-  --helped: {{ colours.helped }}; --harmed: {{ colours.harmed }}; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e8eaec; --soft: #9aa5ae; --paper: #14181b; --card: #1c2226; --line: #313a40;
-    --helped: #56b4e9; --harmed: #f59763; }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1rem 1rem 3rem; max-width: 80rem; background: var(--paper);
-  color: var(--ink); font: 1rem/1.45 system-ui, sans-serif; }
-h1 { font-size: 1.7rem; margin: 0.4rem 0; } h2 { font-size: 1.2rem; margin: 0; }
-h3 { font-size: 1rem; margin: 1rem 0 0.5rem; color: var(--kind); }
-p { margin: 0.4rem 0; max-width: 46rem; }
-.soft { color: var(--soft); font-size: 0.85rem; }
-.warning { border-left: 3px solid var(--harmed); padding-left: 0.8rem; }
-section { border-top: 1px solid var(--line); padding-top: 1.2rem; margin-top: 1.4rem; }
-.helped { --kind: var(--helped); } .harmed { --kind: var(--harmed); }
-.parts { display: flex; flex-wrap: wrap; gap: 0 2rem; }
-.query { flex: 0 1 13rem; margin-top: 1rem; } .groups { flex: 1 1 24rem; min-width: 0; }
-ol { display: flex; flex-wrap: wrap; gap: 0.7rem; list-style: none; margin: 0; padding: 0; }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 8px;
-  padding: 0.5rem; overflow-wrap: anywhere; line-height: 1.35; }
-li { flex: 0 0 6.8rem; } .wide li { flex: 1 1 13rem; max-width: 20rem; }
-img { display: block; width: 100%; height: 6rem; object-fit: contain; margin-bottom: 0.4rem; }
-.query img { height: 11rem; } img.tiny { image-rendering: pixelated; }
-.text { white-space: pre-wrap; font-size: 0.9rem; }
-.value { font-weight: 650; color: var(--kind); }
-.bar { display: block; height: 5px; border-radius: 3px; min-width: 2px; margin: 0.2rem 0;
-  background: var(--kind); }
-</style>
-</head>
-<body>
-{% macro show(card, alt) %}
-{% if card.picture %}
-<img src="{{ card.picture.uri }}" alt="{{ alt }}"{% if card.picture.tiny %} class="tiny"{% endif %}>
-{% endif %}
-{% for name, short, whole in card.parts %}
-<p class="text" dir="auto"{% if whole is not none %} title="{{ whole }}"{% endif %}>
-{%- if name is not none %}<b>{{ name }}</b> {% endif %}{{ short }}</p>
-{% endfor %}
-{% if card.label is not none %}<div class="label">label <bdi>{{ card.label }}</bdi></div>{% endif %}
-{% if card.note is not none %}<div class="note soft" dir="auto">{{ card.note }}</div>{% endif %}
-{% endmacro %}
-<header>
-<h1>{{ title }}</h1>
-{% for warning in warnings %}
-<p class="warning">Warning: {{ warning }}</p>
-{% endfor %}
-{% for fact in facts %}
-<p class="fact">{{ fact }}</p>
-{% endfor %}
-</header>
-{% for section in sections %}
-<section>
-{% if section.title is not none %}
-<h2>{{ section.title }}</h2>
-<p class="soft">{{ section.note }}</p>
-{% endif %}
-<div class="parts">
-{% if section.query is not none %}
-<div class="query"><div class="card">
-{{ show(section.query, section.title) }}
-</div></div>
-{% endif %}
-<div class="groups">
-{% for group in section.groups %}
-<div class="{{ group.kind }}">
-<h3>{{ group.title }}</h3>
-{% if group.rows %}
-<ol{% if group.rows[0].parts %} class="wide"{% endif %}>
-{% for row in group.rows %}
-<li class="card">
-{{ show(row, row.head) }}
-<div class="value">{{ row.value }}</div>
-<i class="bar" aria-hidden="true" style="width:{{ '%.1f' % row.width }}%"></i>
-<div class="soft">{{ row.head }}</div>
-</li>
-{% endfor %}
-</ol>
-{% else %}
-<p class="soft">none</p>
-{% endif %}
-</div>
-{% endfor %}
-</div>
-</div>
-</section>
-{% endfor %}
-</body>
-</html>
-"""
