@@ -6,9 +6,11 @@ from sam_if import (
     SAM,
     DerivativeError,
     Trajectory,
+    TrajectoryError,
     TrajectoryInfluence,
     check_run,
     classification,
+    regression,
 )
 from torch.nn.functional import cross_entropy
 
@@ -84,6 +86,36 @@ def test_a_run_that_did_not_rest():
     found = check_run(recorded(steps=1))
     assert found.stationarity > 0.05
     assert any("did not come to rest" in text for text in found.remarks)
+
+
+@pytest.mark.parametrize(("decay", "cycles"), [(0.0, True), (0.1, False)])
+def test_two_cycles(decay, cycles):
+    """SAM with all data in a batch and no decay ends between two points, with decay in one."""
+    x = torch.randn(8, 3, dtype=F64, generator=torch.Generator().manual_seed(0))
+    y = x @ torch.tensor([[2.0], [-3.0], [1.0]], dtype=F64)
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 1, bias=False).to(F64)
+    optimizer = SAM(model.parameters(), torch.optim.SGD, 0.05, lr=0.05, weight_decay=decay)
+    run = Trajectory(model, regression(), optimizer, storage="sqrt")
+    for _ in range(600):
+        run.step((x, y), range(8))
+    run.finish()
+    found = check_run(run)
+    assert any("to and fro" in text for text in found.remarks) == cycles
+    assert (found.stationarity > 0.05) == cycles
+
+
+def test_gradients_without_a_direction():
+    """A run that is trained on after its losses have vanished."""
+    x = torch.eye(3, dtype=F64)
+    model = torch.nn.Linear(3, 1, bias=False).to(F64)
+    optimizer = SAM(model.parameters(), torch.optim.SGD, 0.05, lr=0.1)
+    run = Trajectory(model, regression(), optimizer)
+    run.step((x, model(x).detach()), range(3))
+    run.finish()
+    with pytest.raises(TrajectoryError, match=r"step 0: the gradient .* has norm 0 \(samples \[0"):
+        TrajectoryInfluence(run)
+    assert "has norm 0" in check_run(run).problems[0]
 
 
 def test_steep_perturbations_are_told():

@@ -87,6 +87,10 @@ def recorder_for(
             "scope='global' with accumulation", sam.scope, "or accumulate over one batch",
         ),
         (
+            sam.perturb_decay, "sam", "perturb_decay=False", True,
+            "the derivative of a run that is moved by the decay, too, is not there",
+        ),
+        (
             trainer.compute_loss_func is not None and objective is None, "objective",
             "that of compute_loss_func", None, "give objective=",
         ),

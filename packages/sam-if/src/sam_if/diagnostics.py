@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 #: How far a sample's loss alone may be from that among others, by dtype.
 _APART = {torch.float64: 1e-9, torch.float32: 1e-3}
+#: How far apart weights two steps apart are in a cycle, as a part of a step.
+_CYCLE = 0.1
 #: Above this, perturbations move with the weights by more than the weights themselves.
 _STEEP = 10.0
 
@@ -96,6 +98,12 @@ def check_run(run: RecordedRun, *, progress: bool = False) -> RunReport:
         stationarity, kappa = field.stationarity(), field.kappa()
     except (TrajectoryError, UnsupportedOptimizerError) as error:
         remarks.append(str(error))
+    if _goes_to_and_fro(run):
+        remarks.append(
+            "the run goes to and fro between two points and does not come to rest: SAM with all "
+            "data in a batch has no fixed point where weight decay is 0 or small; give it decay, "
+            "batches, or a smaller rho"
+        )
     if stationarity is not None and stationarity > RESTLESS:
         remarks.append(
             f"the run did not come to rest (stationarity {stationarity:.2g}): the closed form, "
@@ -111,6 +119,19 @@ def check_run(run: RecordedRun, *, progress: bool = False) -> RunReport:
         run.optimizer_name, worst, replayed, derivative, coupling, _clipped(run, progress),
         stationarity, kappa, tuple(problems), tuple(remarks),
     )  # fmt: skip
+
+
+def _goes_to_and_fro(run: RecordedRun) -> bool:
+    """Whether the last steps lead back to where the ones before them began."""
+    if len(run) < 3:
+        return False
+    steps = run.backwards()
+    last, before = run.weights, next(steps).weights
+    first = next(steps).weights
+    length = torch.linalg.vector_norm(last - before)
+    # steps of another kind of rest are short themselves
+    far = length > torch.finfo(last.dtype).eps ** 0.5 * torch.linalg.vector_norm(last)
+    return bool(far) and bool(torch.linalg.vector_norm(last - first) < _CYCLE * length)
 
 
 def _coupling(run: RecordedRun, batch: Any) -> float | None:

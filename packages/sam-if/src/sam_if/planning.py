@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from sam_if.objective import Objective
     from sam_if.optim import SAM
+    from sam_if.run import RecordedRun
 
 #: How often what is timed is timed, behind a first time that is not.
 _TIMES = 3
@@ -123,11 +124,9 @@ def plan(
     with torch.no_grad():
         size = len(run.vector.losses(run.vector.read(), batch))
     run.record(batch, range(size))
-    parameters, width = len(run.vector), run.vector.read().element_size()
-    snapshot = (1 + len(run.dynamics.moments)) * parameters * width
-    # as Trajectory thins them out
-    apart = 1 if storage == "all" else 1 << max(0, math.ceil(math.log2(steps / 2) / 2))
-    kept, together = math.ceil(steps / apart), min(together, queries)
+    parameters = len(run.vector)
+    snapshot, kept, apart = _kept(run, steps, storage)
+    together = min(together, queries)
     parts = flat_batch(batch).values() if keep_batches else ()
     batches = steps * sum(part.nbytes for part in parts)
     device = run.vector.read().device
@@ -140,14 +139,8 @@ def plan(
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     peak += (apart - 1) * snapshot
     passes = math.ceil(queries / together)
-    place, free, advice = _room(folder)
-    problems, need = [], kept * snapshot + batches
-    if need > free:
-        thinner = "storage='sqrt', " if storage == "all" else ""
-        problems.append(
-            f"the run takes {format_bytes(need)} of {place}, and there are {format_bytes(free)}; "
-            f"{thinner}batch_of for batches that are made again, or {advice}"
-        )
+    place, free, _ = _room(folder)
+    problems = _lacks(kept * snapshot + batches, folder, storage)
     if device.type == "cuda" and peak > (total := torch.cuda.mem_get_info(device)[1]):
         problems.append(
             f"scores take {format_bytes(peak)} of the GPU, which has {format_bytes(total)}; fewer "
@@ -157,6 +150,47 @@ def plan(
         parameters, steps, queries, storage, place, kept * snapshot, batches, free, peak,
         steps * step, passes * steps * back, passes * (steps - kept) * step, tuple(problems),
     )  # fmt: skip
+
+
+def _kept(run: RecordedRun, steps: int, storage: str) -> tuple[int, int, int]:
+    """Return bytes of a snapshot, how many are kept, and how many steps apart."""
+    width = run.vector.read().element_size()
+    snapshot = (1 + len(run.dynamics.moments)) * len(run.vector) * width
+    # as Trajectory thins them out
+    apart = 1 if storage == "all" else 1 << max(0, math.ceil(math.log2(steps / 2) / 2))
+    return snapshot, math.ceil(steps / apart), apart
+
+
+def _lacks(need: int, folder: str | os.PathLike[str] | None, storage: str) -> list[str]:
+    """Return why a run does not fit where it is to be kept; nothing if it does."""
+    place, free, advice = _room(folder)
+    if need <= free:
+        return []
+    thinner = "storage='sqrt', " if storage == "all" else ""
+    return [
+        f"the run takes {format_bytes(need)} of {place}, and there are {format_bytes(free)}; "
+        f"{thinner}batch_of for batches that are made again, or {advice}"
+    ]
+
+
+def require_room(
+    run: RecordedRun, steps: int, storage: str, folder: str | os.PathLike[str], batch_bytes: int
+) -> None:
+    """Refuse a run that would fill the disk, before it begins.
+
+    Args:
+        run: Before its first step.
+        steps: That it will take.
+        storage: As in `Trajectory`.
+        folder: Where it is recorded.
+        batch_bytes: Of a step's batches.
+
+    Raises:
+        MemoryError: There is less room than it will take.
+    """
+    snapshot, kept, _ = _kept(run, steps, storage)
+    if lacks := _lacks(kept * snapshot + steps * batch_bytes, folder, storage):
+        raise MemoryError(lacks[0])
 
 
 def _room(folder: str | os.PathLike[str] | None) -> tuple[str, int, str]:

@@ -7,6 +7,7 @@ collators.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from sam_if.objective import causal_lm, classification, regression
+from sam_if.planning import require_room
 from sam_if.trajectory import Trajectory
 
 if TYPE_CHECKING:
@@ -137,30 +139,43 @@ class Recorder:
         self._trajectory: Trajectory | None = None
         self._parts: list[tuple[Any, Tensor]] = []
 
-    def begin(self, model: nn.Module, optimizer: Any, step: int, processor: Any) -> None:
+    def begin(
+        self, model: nn.Module, optimizer: Any, steps: tuple[int, int], processor: Any,
+        inputs: dict[str, Any],
+    ) -> None:  # fmt: skip
         """Open the folder, if it is not open.
 
         Args:
             model: With the weights before the step.
             optimizer: SAM.
-            step: Number of the first that will be taken.
+            steps: Number of the first that will be taken, and of the last.
             processor: Tokenizer or the like, to keep beside the model.
+            inputs: Of a usual micro-batch.
 
         Raises:
+            MemoryError: There is no room for the run.
             FileExistsError: There is another run in the folder.
             TrajectoryError: The run in the folder is another than the checkpoint's.
         """
         if self._trajectory is not None:
             return
-        if step:
+        if steps[0]:
             self._trajectory = Trajectory.resume(
-                self.folder, model, optimizer, self.objective, at=step
+                self.folder, model, optimizer, self.objective, at=steps[0]
             )
             return
         self._trajectory = Trajectory(
             model, self.objective, optimizer, max_grad_norm=self._max_grad_norm,
             folder=self.folder, **self._options,
         )  # fmt: skip
+        size = sum(part.nbytes for part in inputs.values() if isinstance(part, Tensor))
+        try:
+            require_room(
+                self._trajectory, max(1, steps[1]), self._options["storage"], self.folder, size
+            )
+        except MemoryError:
+            shutil.rmtree(self.folder)
+            raise
         keep_model(self.folder, model, processor)
 
     def add(self, inputs: dict[str, Any]) -> None:

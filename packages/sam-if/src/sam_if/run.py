@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 #: How far a step may be from its record, as a part of its length, by dtype.
 _FAR = {torch.float64: 1e-9, torch.float32: 1e-3}
+#: Norm of a gradient below which it has no direction.
+_TINY = 1e-10
 _BASES = {kind.__name__: kind for kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)}
 
 
@@ -396,11 +399,20 @@ class RecordedRun:
         return BatchLoss(self.vector, step.batches, step.weights.new_ones(len(step.samples)))
 
     def perturbation(self, step: Step, loss: BatchLoss) -> Perturbation:
-        """Return how a step's weights were moved."""
+        """Return how a step's weights were moved.
+
+        Raises:
+            TrajectoryError: By a gradient that is 0 or not finite, which has no direction.
+        """
         gradient = loss.gradient(step.weights)
-        return Perturbation(
-            step.weights, gradient, step.rho, self.adaptive, self._settings["norm_eps"]
-        )
+        found = Perturbation(step.weights, gradient, step.rho, self.adaptive, self.norm_eps)
+        if step.rho and not _TINY < (norm := float(found.norm)) < math.inf:
+            raise TrajectoryError(
+                f"step {step.index}: the gradient that weights were moved by has norm {norm:.2g} "
+                f"(samples {list(step.samples[:5])}): its direction, and what samples do to it, "
+                "are noise; stop training before losses vanish, or take rho=0"
+            )
+        return found
 
     def check(self) -> float:
         """Make every step anew from its record, and return how far the worst is from it.

@@ -176,8 +176,10 @@ class SAMMixin(_Base):
         model.train()
         if self.sam.bn == "frozen":
             self._statistics.freeze()
-        self.recorder.begin(model, self._sam, self.state.global_step, self.processing_class)
-        self.recorder.add(self._prepare_inputs(inputs))
+        prepared = self._prepare_inputs(inputs)
+        steps = (self.state.global_step, self.state.max_steps)
+        self.recorder.begin(model, self._sam, steps, self.processing_class, prepared)
+        self.recorder.add(prepared)
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         return self.recorder.step()
