@@ -25,7 +25,7 @@ def batch():
 
 
 @pytest.mark.parametrize("storage", ["all", "sqrt"])
-@pytest.mark.parametrize("steps", [1, 2, 5, 16, 17, 40])
+@pytest.mark.parametrize("steps", [1, 5, 17])
 @pytest.mark.parametrize("base", ["sgd", "momentum", "adamw"])
 def test_bytes_are_those_of_the_run(base, steps, storage, tmp_path):
     kind = torch.optim.AdamW if base == "adamw" else torch.optim.SGD

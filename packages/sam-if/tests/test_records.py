@@ -80,7 +80,7 @@ def batch_of(samples):
     return x[list(samples)], y[list(samples)]
 
 
-@pytest.mark.parametrize("steps", [1, 2, 5, 13])
+@pytest.mark.parametrize("steps", [1, 13])
 @pytest.mark.parametrize("base", BASES)
 def test_scores_are_the_same_bits_whatever_was_kept(base, steps, tmp_path):
     whole, _, _, _ = trained(steps, base=base)
@@ -125,7 +125,7 @@ def test_steps_made_again_have_the_weights_of_the_run(dtype, adaptive):
         assert torch.equal(one.weights, other.weights)
 
 
-@pytest.mark.parametrize("steps", [1, 3, 4, 9, 40, 100])
+@pytest.mark.parametrize("steps", [1, 3, 4, 9, 40])
 def test_about_the_root_of_all_steps_are_kept(steps):
     run, _, _, _ = trained(steps, storage="sqrt", base="plain")
     held = run._snapshots.held()
