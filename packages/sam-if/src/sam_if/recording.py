@@ -16,11 +16,16 @@ import torch
 from shared_kernels._checks import message
 from shared_kernels.files import write_text
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
 from sam_if.objective import causal_lm, classification, regression
 from sam_if.planning import require_room
 from sam_if.trajectory import Trajectory
+
+MISSING = "trainers need transformers and accelerate: pip install 'sam-if[trainer]'"
+try:
+    from transformers import TrainerCallback
+except ImportError as error:
+    raise ImportError(MISSING) from error
 
 if TYPE_CHECKING:
     import os

@@ -12,16 +12,20 @@ from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.optimizer import AcceleratedOptimizer
 from shared_kernels._checks import message
-from transformers import Trainer
 
 from sam_if.attribution import attribute
 from sam_if.config import SAMConfig
 from sam_if.conflicts import recorder_for, refused
 from sam_if.optim import SAM
 from sam_if.passes import RandomState, RunningStatistics, uncounted
-from sam_if.recording import SAMPLE, FinishCallback, Numbered, NumberedCollator
+from sam_if.recording import MISSING, SAMPLE, FinishCallback, Numbered, NumberedCollator
+
+try:
+    from accelerate.optimizer import AcceleratedOptimizer
+    from transformers import Trainer
+except ImportError as error:
+    raise ImportError(MISSING) from error
 
 if TYPE_CHECKING:
     import os
